@@ -1,0 +1,78 @@
+"""An adapter in place on a network, for as long as a `with` block lasts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+
+from torch import Tensor, nn
+
+
+class Attachment:
+    """Puts the adapter's updates and a head's parameters into a network, and takes them out again.
+
+    Nothing of the network is replaced or moved: forward hooks add the updates, the head's parameters are slotted
+    into their modules, base weights stop requiring gradients, and leaving the block restores all of it, so the
+    network is bit-identical afterwards. The block must reach through `backward` where gradient checkpointing runs
+    the layers again.
+
+    Args:
+        network: the transformer.
+        bound: an adapter bound to the network's modules (BoundLoRAXS, BoundLoRA); None for the head alone.
+        dropout: run the network in training mode.
+    """
+
+    def __init__(self, network: nn.Module, bound, dropout: bool = False):
+        self._network, self._bound, self._dropout = network, bound, dropout
+        self._latents: Mapping[str, tuple[Tensor, ...]] = {}
+
+    def __enter__(self) -> Attachment:
+        modules = dict(self._network.named_modules())
+        members = self._bound.members.values() if self._bound is not None else ()
+        targets = {name: modules[name] for names in members for name in names}
+        for name, module in targets.items():
+            if any(isinstance(hook, _Hook) for hook in module._forward_hooks.values()):
+                raise RuntimeError(
+                    f"module {name!r} already carries an adapter: expected one attached model at a time, leave the "
+                    "surrounding `with model.attached():` first"
+                )
+        self._modes = [(module, module.training) for module in modules.values()]
+        self._trainable = [p for p in self._network.parameters() if p.requires_grad]
+        self._slots: dict[tuple[nn.Module, str], Tensor] = {}
+        self._handles = [
+            module.register_forward_hook(_Hook(self._hook, name, self._bound.factors(name, module.weight)))
+            for name, module in targets.items()
+        ]
+        for parameter in self._trainable:
+            parameter.requires_grad_(False)
+        self._network.train(self._dropout)
+        return self
+
+    def __exit__(self, *exception) -> None:
+        for handle in self._handles:
+            handle.remove()
+        for (module, leaf), parameter in self._slots.items():
+            module._parameters[leaf] = parameter
+        for parameter in self._trainable:
+            parameter.requires_grad_(True)
+        for module, training in self._modes:
+            module.training = training
+        self._latents = {}
+
+    def set(self, latents: Mapping[str, Tensor], head: Mapping[str, Tensor]) -> None:
+        """Use these latents (sites, one draw or one per row) and head parameters (dotted name -> value) from now on."""
+        self._latents = self._bound.per_module(latents) if latents else {}
+        for name, value in head.items():
+            path, _, leaf = name.rpartition(".")
+            module = self._network.get_submodule(path)
+            self._slots.setdefault((module, leaf), module._parameters[leaf])
+            module._parameters[leaf] = value
+
+    def _hook(self, name, frozen, module, args, output):
+        if name not in self._latents:
+            return output
+        return output + self._bound.update(args[0], frozen, self._latents[name])
+
+
+class _Hook(partial):
+    """A partial by another name, so that an attachment recognises its own kind."""

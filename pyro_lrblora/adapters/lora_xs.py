@@ -1,0 +1,133 @@
+"""LoRA-XS: W0 + B R A with A and B frozen and a tiny latent R (Balazy et al. 2024, arXiv 2405.17604)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from ..latents import LatentSites
+from ..projections import SVD, Basis, Projection
+from .targets import base_weight
+
+
+@dataclass(frozen=True)
+class LoRAXS:
+    """Adapt each targeted linear module by B R A; the latent is R, (r, r) per module.
+
+    Args:
+        rank: r, at most min(m, n) of every targeted module.
+        projection: how A and B are chosen, see pyro_lrblora.projections.
+        targets: "attention", "mlp", "all-linear", a list of names, or a regular expression for the whole name.
+        layers: only modules in layers with these numbers.
+    """
+
+    rank: int = 8
+    projection: Projection = field(default_factory=SVD)
+    targets: str | Sequence[str] = "attention"
+    layers: Sequence[int] | None = None
+
+    @property
+    def statistics(self) -> str | None:
+        """What a pass over the training data must sum, see Projection."""
+        return self.projection.statistics
+
+    def bind(
+        self,
+        modules: Mapping[str, nn.Module],
+        statistics: Mapping[str, Mapping[str, Tensor]],
+        generator: torch.Generator,
+    ) -> BoundLoRAXS:
+        """The adapter on the modules of one network, its bases computed."""
+        return BoundLoRAXS(
+            {
+                name: self.projection(base_weight(module), self.rank, statistics.get(name, {}), generator)
+                for name, module in modules.items()
+            }
+        )
+
+    @staticmethod
+    def restore(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, int]]) -> BoundLoRAXS:
+        """The adapter from what BoundLoRAXS.tensors returned."""
+        return BoundLoRAXS({name: Basis(tensors[f"{name}.A"], tensors[f"{name}.B"]) for name in shapes})
+
+
+class BoundLoRAXS:
+    """LoRA-XS on given modules: one site per rank, "R" of shape (L, r, r) where all ranks are equal."""
+
+    def __init__(self, bases: Mapping[str, Basis]):
+        self.bases = dict(bases)
+        ranks = {name: basis.A.shape[0] for name, basis in self.bases.items()}
+        site = lambda rank: "R" if len(set(ranks.values())) == 1 else f"R_{rank}"
+        self.members: dict[str, list[str]] = {}  # site -> the modules along its first axis
+        for name, rank in ranks.items():
+            self.members.setdefault(site(rank), []).append(name)
+        shape = lambda names: torch.Size([len(names), ranks[names[0]], ranks[names[0]]])
+        self.sites = LatentSites({name: shape(names) for name, names in self.members.items()})
+
+    def start(self) -> dict[str, Tensor]:
+        """The latents of the pretrained network: all zero."""
+        return {name: torch.zeros(shape) for name, shape in self.sites.shapes.items()}
+
+    def per_module(self, latents: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, ...]]:
+        """Each module's own R, (r, r) or (B, r, r), from the sites' values."""
+        return {
+            module: (core,)
+            for site, modules in self.members.items()
+            # unbind, not indexing: its backward is one stack instead of L full-size scatters.
+            for module, core in zip(modules, latents[site].unbind(-3), strict=True)
+        }
+
+    def factors(self, module: str, like: Tensor) -> tuple[Tensor, Tensor]:
+        """A and B of a module on the device and in the dtype of its weight."""
+        basis = self.bases[module]
+        return basis.A.to(like.device, like.dtype), basis.B.to(like.device, like.dtype)
+
+    @staticmethod
+    def update(inputs: Tensor, frozen: tuple[Tensor, Tensor], latent: tuple[Tensor, ...]) -> Tensor:
+        """What the adapter adds to the module's output.
+
+        Args:
+            inputs: (B, ..., n).
+            frozen: A (r, n) and B (m, r).
+            latent: R, (r, r), or (B, r, r) for a draw per row.
+        """
+        (a, b), (core,) = frozen, latent
+        return nn.functional.linear(rowwise_linear(nn.functional.linear(inputs, a), core), b)
+
+    def low_rank_factors(self, module: str, latent: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        """The update W - W0 as a product (m, r) @ (r, n), float32."""
+        basis = self.bases[module]
+        return basis.B @ latent[0].to(basis.B.device), basis.A
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The frozen factors, to be saved with a posterior: R means nothing without them."""
+        named = {}
+        for name, basis in self.bases.items():
+            named[f"{name}.A"], named[f"{name}.B"] = basis.A, basis.B
+        return named
+
+
+def rowwise_linear(inputs: Tensor, weight: Tensor) -> Tensor:
+    """inputs @ weight.T with one weight for all rows, or one for each.
+
+    Args:
+        inputs: (B * k, ..., n); where k > 1 the k inputs of a row stand together (choices, flattened tokens).
+        weight: (m, n), or (B, m, n).
+
+    Raises:
+        ValueError: the inputs cannot be divided among the B rows.
+    """
+    weight = weight.to(inputs.dtype)
+    if weight.dim() == 2:
+        return nn.functional.linear(inputs, weight)
+    rows = weight.shape[0]
+    if inputs.shape[0] % rows:
+        raise ValueError(
+            f"expected the module's inputs to hold a multiple of the {rows} rows of the batch in their first axis, got "
+            f"{tuple(inputs.shape)}; fit with draws='shared'"
+        )
+    folded = inputs.reshape(rows, -1, inputs.shape[-1])
+    return torch.bmm(folded, weight.mT).reshape(*inputs.shape[:-1], weight.shape[-2])

@@ -1,0 +1,188 @@
+"""From a datasets.Dataset, or batches already made, to the batches a model takes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+import datasets
+import numpy as np
+import torch
+from torch import Tensor
+
+Batch = Mapping[str, Tensor]
+
+_TEXT_COLUMNS = (
+    ("text",),
+    ("sentence",),
+    ("sentence1", "sentence2"),
+    ("premise", "hypothesis"),
+    ("question", "passage"),
+    ("question", "sentence"),
+)
+
+
+class Batches:
+    """Tokenised rows of a dataset as batch dicts with "labels", padded to the longest row of each batch.
+
+    Args:
+        dataset: with one or two text columns and, for training and scoring, a label column; or with "input_ids".
+        tokenizer: of the network; needs a padding token.
+        text: the text column or the pair of them; None looks for the usual names.
+        label: the label column; None takes "label" or "labels" where there is one.
+        batch_size: rows per batch.
+        max_length: tokens per row, longer ones are cut; None is the tokenizer's own limit, at most 512.
+        shuffle: a seed for a new order in every epoch; None keeps the order.
+        by_length: batches of rows of similar length, for less padding; `order` tells which rows they hold.
+
+    Raises:
+        ValueError, KeyError: empty data, a missing column, a tokenizer without padding token.
+    """
+
+    def __init__(
+        self,
+        dataset: datasets.Dataset,
+        tokenizer,
+        *,
+        text: str | Sequence[str] | None = None,
+        label: str | None = None,
+        batch_size: int = 32,
+        max_length: int | None = None,
+        shuffle: int | None = None,
+        by_length: bool = False,
+    ):
+        if len(dataset) == 0:
+            raise ValueError("expected at least one row of data, got an empty dataset")
+        if tokenizer is None:
+            raise ValueError(
+                "expected a tokenizer for a datasets.Dataset; give tokenizer= to the model or to this call"
+            )
+        if tokenizer.pad_token is None:
+            raise ValueError(
+                "expected a tokenizer with a padding token, got none; write tokenizer.pad_token = tokenizer.eos_token "
+                "and network.config.pad_token_id = tokenizer.pad_token_id"
+            )
+        self._tokenizer, self._batch_size = tokenizer, batch_size
+        self._encoded = _encode(dataset, tokenizer, text, max_length)
+        label = _label_column(dataset, label)
+        self.labels: Tensor | None = None if label is None else torch.as_tensor(np.asarray(dataset[label]))
+        feature = dataset.features.get(label)
+        self.class_names: list[str] | None = getattr(feature, "names", None)
+        self.rows = len(dataset)
+        self._generator = None if shuffle is None else torch.Generator().manual_seed(shuffle)
+        lengths = [len(ids) for ids in self._encoded["input_ids"]]
+        self.order = np.argsort(lengths, kind="stable") if by_length else np.arange(self.rows)
+
+    def __len__(self) -> int:
+        return -(-self.rows // self._batch_size)
+
+    def __iter__(self) -> Iterator[Batch]:
+        order = self.order
+        if self._generator is not None:
+            order = torch.randperm(self.rows, generator=self._generator).numpy()
+        for start in range(0, self.rows, self._batch_size):
+            yield self._collate(order[start : start + self._batch_size])
+
+    def _collate(self, rows: Sequence[int]) -> Batch:
+        columns = {name: [values[row] for row in rows] for name, values in self._encoded.items()}
+        batch = dict(self._tokenizer.pad(columns, padding=True, return_tensors="pt"))
+        if self.labels is not None:
+            batch["labels"] = self.labels[torch.as_tensor(rows)]
+        return batch
+
+
+class _GivenBatches:
+    """A user's own re-iterable of batch dicts, looked through once for its rows and labels."""
+
+    class_names = None
+
+    def __init__(self, batches: Iterable[Batch]):
+        if iter(batches) is batches:
+            raise TypeError(
+                "expected batches that can be iterated more than once (a list, a DataLoader), got an iterator; write "
+                "list(...) around it"
+            )
+        self._batches = batches
+        sizes, labels = [], []
+        for batch in batches:
+            if not isinstance(batch, Mapping):
+                raise TypeError(f"expected batches to be dicts of tensors, got {type(batch).__name__}")
+            sizes.append(batch_rows(batch))
+            labels.append(batch.get("labels"))
+        if not sizes:
+            raise ValueError("expected at least one batch of data, got none")
+        self.rows = sum(sizes)
+        self.labels = None if any(label is None for label in labels) else torch.cat([x.cpu() for x in labels])
+        self.order = np.arange(self.rows)
+        self._length = len(sizes)
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __iter__(self) -> Iterator[Batch]:
+        return iter(self._batches)
+
+
+def as_batches(data, tokenizer=None, **options) -> Batches | _GivenBatches:
+    """Batches of `data` whatever form it has: Batches, a datasets.Dataset, or a re-iterable of batch dicts.
+
+    Args:
+        data: see above.
+        tokenizer: needed for a datasets.Dataset only.
+        options: of Batches, used for a datasets.Dataset only.
+    """
+    if isinstance(data, Batches | _GivenBatches):
+        return data
+    if isinstance(data, datasets.Dataset):
+        return Batches(data, tokenizer, **options)
+    if isinstance(data, datasets.DatasetDict):
+        raise TypeError(f"expected one split, got a DatasetDict; pick one of {list(data)}")
+    if isinstance(data, Mapping) or not isinstance(data, Iterable):
+        raise TypeError(
+            f"expected a datasets.Dataset or a re-iterable of batch dicts, got {type(data).__name__}"
+        )
+    return _GivenBatches(data)
+
+
+def batch_rows(batch: Batch) -> int:
+    """B, the number of rows of a batch."""
+    return next(len(value) for value in batch.values() if isinstance(value, Tensor) and value.dim())
+
+
+def _encode(dataset, tokenizer, text, max_length) -> dict[str, list]:
+    columns = dataset.column_names
+    if text is None and "input_ids" in columns:
+        kept = [name for name in tokenizer.model_input_names if name in columns]
+        return {name: [list(row) for row in dataset[name]] for name in kept}
+    names = _text_columns(dataset, text)
+    limit = max_length or min(tokenizer.model_max_length, 512)
+    encoded = tokenizer(*(list(dataset[name]) for name in names), truncation=True, max_length=limit)
+    return {name: encoded[name] for name in encoded}
+
+
+def _text_columns(dataset, text: str | Sequence[str] | None) -> Sequence[str]:
+    columns = dataset.column_names
+    if text is not None:
+        names = (text,) if isinstance(text, str) else tuple(text)
+        missing = [name for name in names if name not in columns]
+        if missing:
+            raise KeyError(f"expected text column(s) {missing} in the data, got columns {columns}")
+        return names
+    for names in _TEXT_COLUMNS:
+        if all(name in columns for name in names):
+            return names
+    strings = [name for name, feature in dataset.features.items() if feature == datasets.Value("string")]
+    if len(strings) == 1:
+        return strings
+    raise KeyError(
+        f"expected one of the text columns {[list(names) for names in _TEXT_COLUMNS]}, got columns {columns}; "
+        "write lb.Batches(dataset, tokenizer, text=...)"
+    )
+
+
+def _label_column(dataset, label: str | None) -> str | None:
+    columns = dataset.column_names
+    if label is not None:
+        if label not in columns:
+            raise KeyError(f"expected a label column {label!r} in the data, got columns {columns}")
+        return label
+    return next((name for name in ("label", "labels") if name in columns), None)

@@ -1,0 +1,97 @@
+"""The contract of a variational family over the flat latent vector."""
+
+from __future__ import annotations
+
+import uuid
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro import poutine
+from pyro.infer.autoguide import AutoNormal
+from pyro.infer.autoguide.initialization import init_to_median, init_to_value
+from pyro.nn import PyroModule
+from torch import Tensor
+
+from ..fisher import Fisher
+from ..priors import prior_variance
+
+
+@dataclass(frozen=True)
+class Curvature:
+    """What a warm start knows: where to begin and how sharply the log joint bends there.
+
+    Args:
+        loc: (D,).
+        prior_precision: (D,).
+        fisher: of the log likelihood at loc.
+    """
+
+    loc: Tensor  # (D,)
+    prior_precision: Tensor  # (D,)
+    fisher: Fisher
+
+    @property
+    def diagonal(self) -> Tensor:
+        """The diagonal of the log joint's Gauss-Newton matrix, (D,)."""
+        return self.prior_precision + self.fisher.diagonal
+
+
+class LatentGuide(PyroModule):
+    """A Pyro guide with one joint distribution over the D latents and a factor of its own for every other site.
+
+    A family is a subclass that makes its parameters in __init__, returns a distribution over (D,) from `distribution`
+    and sets the parameters from a `Curvature` in `begin`. Everything else is here: draws shared or per row, sites as
+    views of the vector, and an independent Normal (in unconstrained space) for a prior's scales and a Bayesian
+    head. Parameters with "scale" or "factor" in their names get the learning rates of that name.
+
+    Args:
+        model: a BayesianLoRA.
+    """
+
+    extra_family = AutoNormal
+
+    def __init__(self, model):
+        # Pyro's param store goes by name: without one of its own, two guides in a process would share parameters.
+        super().__init__(f"{type(self).__name__}_{uuid.uuid4().hex[:8]}")
+        self._model = (model,)  # in a tuple, so that the network never becomes a submodule
+        self.sites = model.sites
+        self.extra = self._extra_guide(model)
+
+    def distribution(self):
+        """q over the flat latent vector: event shape (D,), reparameterised."""
+        raise NotImplementedError(f"{type(self).__name__} must define distribution()")
+
+    def begin(self, curvature: Curvature) -> None:
+        """Set the parameters from a curvature at the start."""
+        raise NotImplementedError(f"{type(self).__name__} must define begin(curvature)")
+
+    def forward(self, batch=None, per_row: bool = False) -> dict[str, Tensor]:
+        values = {} if self.extra is None else self.extra()
+        with self._model[0].data_plate(batch).latents() if per_row else nullcontext():
+            flat = pyro.sample("_latents", self.distribution(), infer={"is_auxiliary": True})
+            for name, value in self.sites.split(flat).items():
+                values[name] = pyro.sample(name, dist.Delta(value, event_dim=len(self.sites.shapes[name])))
+        return values
+
+    def rowwise(self, batch) -> dict[str, Tensor]:
+        """The guide with a draw per row of the batch, for BayesianLoRA.rowwise."""
+        return self(batch, per_row=True)
+
+    def starting_point(self, model) -> tuple[Tensor, Tensor]:
+        """Where parameters begin without a warm start: the pretrained network's latents (D,) and the prior's sd (D,)."""
+        variance = prior_variance(model.sample_prior, self.sites.shapes)
+        return self.sites.join(model.start()), self.sites.join(variance).sqrt()
+
+    def _extra_guide(self, model):
+        program = poutine.block(lambda *_: model.sample_prior(), hide=list(self.sites.shapes))
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            if not poutine.trace(program).get_trace().stochastic_nodes:
+                return None
+            start = init_to_value(values=model.start(), fallback=init_to_median)
+            guide = self.extra_family(program, init_loc_fn=start)
+            guide._setup_prototype()
+        return guide

@@ -1,0 +1,82 @@
+"""Joint normal over all modules, covariance diagonal plus rank K (the family of arXiv 2502.12122, equation 4)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from pyro.nn import PyroParam
+from torch import Tensor, nn
+from torch.distributions import constraints
+
+from ..distributions import LowRankNormal, LowRankPrecisionNormal
+from .latent_guide import Curvature, LatentGuide
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """Covariance diag(s)(I + Z Z')diag(s) over all D latents together; D (K + 2) parameters.
+
+    Args:
+        rank: K, columns of Z.
+        start_scale: start of each s as a share of the prior's, where no warm start sets it.
+    """
+
+    rank: int = 8
+    start_scale: float = 0.1
+
+    def __post_init__(self):
+        if self.rank < 1:
+            raise ValueError(f"expected rank >= 1, got rank={self.rank}; for no factor write Diagonal()")
+
+    def __call__(self, model) -> LowRankGuide:
+        return LowRankGuide(model, self.rank, self.start_scale)
+
+
+class LowRankGuide(LatentGuide):
+    def __init__(self, model, rank: int, start_scale: float):
+        super().__init__(model)
+        loc, prior_sd = self.starting_point(model)
+        self.loc = nn.Parameter(loc)
+        self.scale = PyroParam(start_scale * prior_sd, constraints.positive)
+        # In units of the scale, so that one learning rate means the same under any prior.
+        self.factor = nn.Parameter(start_factor(loc, rank))
+
+    def distribution(self) -> LowRankNormal:
+        scale = self.scale
+        return LowRankNormal(self.loc, scale.unsqueeze(-1) * self.factor, scale.square())
+
+    def begin(self, curvature: Curvature) -> None:
+        """The stationary point for Z given s: leading eigenvectors of the Laplace covariance in units of s.
+
+        With s_i^2 = 1 / P_ii the reverse KL is stationary where (I + Z Z')^-1 Z = P~ Z, P~ = diag(s) P diag(s): an
+        eigenvector of P~ with eigenvalue 1/lambda < 1 enters with length sqrt(lambda - 1).
+        """
+        fisher = curvature.fisher
+        laplace = LowRankPrecisionNormal(
+            curvature.loc, fisher.vectors * fisher.values.sqrt(), curvature.prior_precision + fisher.residual
+        ).covariance_factors()
+        scale = curvature.diagonal.rsqrt()
+        diagonal = laplace.diagonal / scale.square()
+        factor = laplace.factor / scale.unsqueeze(-1)
+        values, vectors = _leading_eigenvectors(diagonal, factor, self.factor.shape[-1])
+        self.loc.data.copy_(curvature.loc)
+        self.scale = scale
+        self.factor.data.copy_(vectors * (values - 1).clamp(min=1e-4).sqrt())
+
+
+def start_factor(loc: Tensor, rank: int) -> Tensor:
+    """A small random (D, K) factor: at exactly zero every column would have the same gradient."""
+    generator = torch.Generator().manual_seed(0)
+    return (1e-2 * torch.randn(loc.numel(), rank, generator=generator)).to(loc)
+
+
+def _leading_eigenvectors(diagonal: Tensor, factor: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Eigenvalues (count,) and vectors (D, count) of diag(diagonal) - factor factor', by subspace iteration."""
+    generator = torch.Generator().manual_seed(0)
+    basis = torch.randn(len(diagonal), count + 8, generator=generator).to(diagonal)
+    product = lambda v: diagonal.unsqueeze(-1) * v - factor @ (factor.T @ v)
+    for _ in range(50):
+        basis, _ = torch.linalg.qr(product(basis))
+    values, rotation = torch.linalg.eigh(basis.T @ product(basis))
+    return values[-count:].flip(0), (basis @ rotation)[:, -count:].flip(1)

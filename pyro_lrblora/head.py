@@ -1,0 +1,143 @@
+"""The classification head: which parameters it has, and what becomes of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from pyro.nn import PyroModule
+from torch import Tensor, nn
+
+from .likelihoods import logits_of
+
+
+@dataclass(frozen=True)
+class FixedHead:
+    """Head parameters that are neither trained nor sampled, by dotted name."""
+
+    values: Mapping[str, Tensor]
+
+    def __repr__(self) -> str:
+        return f"FixedHead({', '.join(self.values)})"
+
+
+class PointHead(PyroModule):
+    """Trainable head parameters; calling it returns them by dotted name (and shows them to Pyro as params)."""
+
+    def __init__(self, values: Mapping[str, Tensor], name: str):
+        super().__init__(name)
+        self.names = {path.replace(".", "__"): path for path in values}
+        for leaf, path in self.names.items():
+            setattr(self, leaf, nn.Parameter(values[path].detach().float().clone()))
+
+    def forward(self) -> dict[str, Tensor]:
+        return {path: getattr(self, leaf) for leaf, path in self.names.items()}
+
+
+def head_parameters(network: nn.Module, modules: Iterable[str] | None = None) -> dict[str, nn.Parameter]:
+    """The head's parameters by dotted name.
+
+    Args:
+        network: a transformers model: what stands outside its base model and is not an output embedding; any other
+            module has no head unless `modules` names it.
+        modules: dotted names of the head's modules, to say it explicitly.
+    """
+    named = dict(network.named_parameters())
+    if modules is not None:
+        prefixes = tuple(modules)
+        found = {n: p for n, p in named.items() if any(n == m or n.startswith(m + ".") for m in prefixes)}
+        if not found:
+            raise ValueError(
+                f"expected head modules among {sorted({n.rpartition('.')[0] for n in named})}, got {list(prefixes)}"
+            )
+        return found
+    base = getattr(network, "base_model", network)
+    if base is network:
+        return {}
+    shared = {id(p) for p in base.parameters()}
+    output = network.get_output_embeddings() if hasattr(network, "get_output_embeddings") else None
+    if output is not None:
+        shared |= {id(p) for p in output.parameters()}
+    return {name: p for name, p in named.items() if id(p) not in shared}
+
+
+def output_layer(network: nn.Module, head: Iterable[str]) -> str | None:
+    """The dotted name of the head's last linear module: the one a linear probe fits."""
+    owners = {name.rpartition(".")[0] for name in head}
+    linear = [n for n, m in network.named_modules() if n in owners and isinstance(m, nn.Linear)]
+    return linear[-1] if linear else None
+
+
+def probe_head(model, batches) -> dict[str, Tensor]:
+    """The model's head parameters with the output layer fitted as a linear probe on the pretrained network.
+
+    Args:
+        model: a BayesianLoRA.
+        batches: training data with labels.
+    """
+    head = dict(model.head_start)
+    layer = output_layer(model.network, head)
+    if layer is None:
+        return head
+    module = model.network.get_submodule(layer)
+    seen: dict[str, Tensor] = {}
+
+    def keep(module, args, output):
+        seen["inputs"], seen["output"] = args[0].detach().float(), output.detach().requires_grad_()
+        return seen["output"]
+
+    features, labels = [], []
+    handle = module.register_forward_hook(keep)
+    try:
+        for batch in batches:
+            with torch.enable_grad():
+                logits = logits_of(model.pretrained_outputs(batch, head))
+                # Which of a row's tokens (or which mixture of them) the logits read, whatever the network's pooling.
+                (read,) = torch.autograd.grad(logits[:, 0].sum(), seen["output"])
+            picked = seen["inputs"] * read[..., :1].float()
+            features.append(picked if picked.dim() == 2 else picked.sum(1))
+            labels.append(batch["labels"].to(model.device))
+    finally:
+        handle.remove()
+    weight, bias = linear_probe(
+        torch.cat(features), torch.cat(labels), model.classes, model.head_scale, module.bias is not None
+    )
+    head[f"{layer}.weight"] = weight
+    if bias is not None:
+        head[f"{layer}.bias"] = bias
+    return head
+
+
+def linear_probe(
+    features: Tensor,  # (N, H)
+    labels: Tensor,  # (N,)
+    classes: int,
+    prior_scale: float,
+    bias: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Multinomial logistic regression on frozen features: the weight (C, H) and bias (C,) of greatest posterior density.
+
+    Args:
+        features: what the output layer receives for each row.
+        labels: class indices.
+        classes: C.
+        prior_scale: standard deviation of the Normal prior on every weight; the bias has none.
+        bias: whether the layer has one.
+    """
+    x = features.double()
+    weight = torch.zeros(classes, x.shape[-1], dtype=x.dtype, device=x.device, requires_grad=True)
+    offset = torch.zeros(classes, dtype=x.dtype, device=x.device, requires_grad=bias)
+    parameters = [weight, offset] if bias else [weight]
+    optimiser = torch.optim.LBFGS(parameters, max_iter=200, tolerance_grad=1e-6, line_search_fn="strong_wolfe")
+
+    def loss():
+        optimiser.zero_grad()
+        nll = nn.functional.cross_entropy(x @ weight.T + offset, labels, reduction="sum")
+        value = (nll + 0.5 * weight.square().sum() / prior_scale**2) / len(labels)
+        value.backward()
+        return value
+
+    with torch.enable_grad():
+        optimiser.step(loss)
+    return weight.detach().float(), offset.detach().float() if bias else None

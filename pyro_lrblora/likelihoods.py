@@ -1,0 +1,53 @@
+"""Pyro programs that observe the labels.
+
+A likelihood is any function of (outputs, batch), called inside the data plate, that makes one pyro.sample statement
+named "labels" with obs=batch.get("labels"). `outputs` is what the network returned. The class here adds what
+prediction and the linear probe need: the number of classes and their names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import pyro
+import pyro.distributions as dist
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Categorical:
+    """Labels 0..C-1 with the network's logits (B, C).
+
+    Args:
+        class_names: one name per class, used in tables and as ArviZ coordinates; None takes them from the data set's
+            ClassLabel or the network's config.
+    """
+
+    class_names: Sequence[str] | None = None
+
+    def __call__(self, outputs, batch: Mapping[str, Tensor]) -> Tensor:
+        return pyro.sample("labels", dist.Categorical(logits=logits_of(outputs)), obs=batch.get("labels"))
+
+    def check_labels(self, labels: Tensor, classes: int) -> None:
+        """Raise a ValueError where labels (N,) are not class indices 0..classes-1."""
+        if labels.is_floating_point() or labels.dim() != 1:
+            raise ValueError(
+                f"expected integer labels of shape (N,) for Categorical, got {labels.dtype} {tuple(labels.shape)}"
+            )
+        wrong = labels[(labels < 0) | (labels >= classes)]
+        if len(wrong):
+            raise ValueError(
+                f"expected labels 0..{classes - 1} for a network with {classes} classes, got "
+                f"{sorted(set(wrong.tolist()))[:5]} in {len(wrong)} of {len(labels)} rows; drop those rows or load the "
+                "network with another num_labels"
+            )
+        if self.class_names is not None and len(self.class_names) != classes:
+            raise ValueError(f"expected {classes} class names, got {list(self.class_names)}")
+
+
+def logits_of(outputs) -> Tensor:
+    """The logits (B, C), float32 whatever the network computed in, of a transformers output or a bare tensor."""
+    logits = outputs if isinstance(outputs, Tensor) else outputs.logits
+    return logits if logits.dtype == torch.float64 else logits.float()

@@ -1,0 +1,351 @@
+"""Network, adapter, prior and likelihood as one Pyro model."""
+
+from __future__ import annotations
+
+import copy
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro import poutine
+from torch import Tensor, nn
+
+from . import likelihoods, priors
+from .adapters import LoRAXS
+from .adapters.attach import Attachment
+from .adapters.targets import base_weight, check_rank, find_targets
+from .data import Batch, as_batches, batch_rows
+from .head import FixedHead, PointHead, head_parameters, output_layer, probe_head
+from .projections.statistics import sum_statistics
+
+
+class BayesianLoRA:
+    """A Pyro model of fine-tuning: the prior samples the latents, the network turns them into labels.
+
+    `model(batch)` works with SVI, Predictive, NUTS, poutine and stock autoguides; the latents are outside the data plate.
+    `model.rowwise(batch)` has a draw per row, inside the plate, for guides that declare it. `model()` samples the
+    prior alone. The network is only borrowed: nothing of it is changed by anything here.
+
+    Args:
+        network: a transformers model, or any module called with the batch's tensors by name.
+        adapter: LoRAXS(...) or LoRA(...); None is LoRAXS().
+        prior: a Pyro program over the latents, see pyro_lrblora.priors.
+        likelihood: a Pyro program that observes batch["labels"], see pyro_lrblora.likelihoods.
+        head: "point" (trained, no posterior), "bayesian" (a sample site per parameter), a FixedHead such as
+            fixed_from(posterior), or "frozen" (the network's own values).
+        head_modules: dotted names of the head's modules; None takes what stands outside a transformers model's base.
+        head_scale: standard deviation of the Normal prior on head weights: of a Bayesian head and of the linear probe.
+        tokenizer: used for every datasets.Dataset given to this model or its posteriors.
+        size: N, the number of training rows; `prepare` and `fit` find it themselves.
+        dropout: run the network in training mode while fitting.
+
+    Raises:
+        ValueError: no target matched, a rank that does not fit, a head that is none of the above.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        adapter=None,
+        prior: Callable = priors.Normal(0.1),
+        likelihood: Callable = likelihoods.Categorical(),
+        *,
+        head: str | FixedHead = "point",
+        head_modules: Sequence[str] | None = None,
+        head_scale: float = 1.0,
+        tokenizer=None,
+        size: int | None = None,
+        dropout: bool = False,
+    ):
+        self.network, self.adapter = network, LoRAXS() if adapter is None else adapter
+        self.prior, self.likelihood = prior, likelihood
+        self.tokenizer, self.size, self.dropout = tokenizer, size, dropout
+        self.head_modules, self.head_scale = head_modules, head_scale
+        parameters = head_parameters(network, head_modules)
+        output = network.get_output_embeddings() if hasattr(network, "get_output_embeddings") else None
+        excluded = {name.rpartition(".")[0] for name in parameters}
+        excluded |= {name for name, module in network.named_modules() if module is output}
+        self.modules = find_targets(network, self.adapter.targets, self.adapter.layers, excluded)
+        check_rank(self.adapter.rank, self.modules)
+        self._adapted = None
+        self._attachment: Attachment | None = None
+        self._precision = "fp32"
+        self._class_names: Sequence[str] | None = None
+        self._set_head(head, {name: p.detach().float().clone() for name, p in parameters.items()})
+
+    def __repr__(self) -> str:
+        return (
+            f"BayesianLoRA({type(self.network).__name__}, {self.adapter}, {self.prior}, {self.likelihood}, "
+            f"head={self.head!r}, size={self.size})"
+        )
+
+    @property
+    def device(self) -> torch.device:
+        """Where the latents live: the device of the first adapted module."""
+        return next(iter(self.modules.values())).weight.device
+
+    @property
+    def adapted(self):
+        """The adapter bound to this network; computed at first use where its projection needs no data."""
+        if self._adapted is None:
+            if self.adapter.statistics is not None:
+                raise ValueError(
+                    f"expected a prepared model: {self.adapter} looks at data; write model = model.prepare(train)"
+                )
+            self._adapted = self.adapter.bind(self.modules, {}, torch.Generator().manual_seed(0))
+        return self._adapted
+
+    @property
+    def sites(self):
+        """The latent sites, a LatentSites: names, shapes and D."""
+        return self.adapted.sites
+
+    @property
+    def classes(self) -> int | None:
+        """C, from the head's output layer or the network's config."""
+        layer = output_layer(self.network, self.head_start)
+        if layer is not None:
+            return self.network.get_submodule(layer).out_features
+        return getattr(getattr(self.network, "config", None), "num_labels", None)
+
+    @property
+    def class_names(self) -> list[str] | None:
+        """The classes' names, from the likelihood, the data or the network's config."""
+        names = getattr(self.likelihood, "class_names", None) or self._class_names
+        if names is None and self.classes is not None:
+            labels = getattr(getattr(self.network, "config", None), "id2label", None) or {}
+            names = [str(labels.get(i, i)) for i in range(self.classes)]
+        return list(names) if names else None
+
+    def start(self) -> dict[str, Tensor]:
+        """Latents (and a Bayesian head) at which the network is the pretrained one with its probed head."""
+        values = self.adapted.start() | (self.head_start if self.head == "bayesian" else {})
+        return {name: value.to(self.device) for name, value in values.items()}
+
+    # --- the Pyro model
+
+    def __call__(self, batch: Batch | None = None, per_row: bool = False):
+        if batch is None:
+            return self.sample_prior()
+        batch = self.to_device(batch)
+        head = self.head_values()
+        plate = self.data_plate(batch)
+        with plate.latents() if per_row else nullcontext():
+            values = self.sample_prior()
+        outputs = self.outputs(batch, values, head)
+        with plate:
+            self.likelihood(outputs, batch)
+        return outputs
+
+    def rowwise(self, batch: Batch):
+        """The model with its latents inside the data plate, one draw per row, their log density scaled by 1/N.
+
+        Plain Trace_ELBO stays unbiased, since the sum over rows of (1/N) KL is KL. Only for guides whose own `rowwise`
+        samples the latents in the same way; any other guide would silently be N local ones.
+        """
+        return self(batch, per_row=True)
+
+    def sample_prior(self) -> dict[str, Tensor]:
+        """Sample the latents, and a Bayesian head, from the prior: sites by name, drawn on the model's device."""
+        shapes = self.sites.shapes
+        with nullcontext() if self.device.type == "cpu" else torch.device(self.device):
+            values = self.prior(shapes)
+            missing = [name for name in shapes if name not in (values or {})]
+            if missing:
+                raise KeyError(f"expected the prior to return every latent site {list(shapes)}, missing {missing}")
+            if self.head == "bayesian":
+                head = dist.Normal(0.0, self.head_scale)
+                values = dict(values) | {
+                    name: pyro.sample(name, head.expand(start.shape).to_event())
+                    for name, start in self.head_start.items()
+                }
+        return values
+
+    def head_values(self) -> dict[str, Tensor]:
+        """The parameters of a point or fixed head by dotted name, empty otherwise."""
+        return self._fixed_head if self.point_head is None else self.point_head()
+
+    def outputs(self, batch: Batch, values: Mapping[str, Tensor], head: Mapping[str, Tensor]):
+        """What the network returns for a batch at given latents, one draw or one per row.
+
+        Args:
+            batch: tensors by name on the model's device; "labels" is not passed on.
+            values: sites by name, the parameters of a Bayesian head among them.
+            head: what head_values returned.
+        """
+        if self.head == "bayesian":
+            head = {name: values[name] for name in self.head_start}
+        with self.attached() if self._attachment is None else nullcontext():
+            self._attachment.set({name: values[name] for name in self.sites.shapes}, head)
+            return self._run(batch)
+
+    def pretrained_outputs(self, batch: Batch, head: Mapping[str, Tensor]):
+        """What the network returns without the adapter."""
+        with Attachment(self.network, None) as attachment:
+            attachment.set({}, head)
+            return self._run(self.to_device(batch))
+
+    @contextmanager
+    def attached(self, precision: str = "fp32", dropout: bool | None = None):
+        """A `with` block in which the network carries the adapter, from forward through backward.
+
+        Needed by hand only where gradient checkpointing runs the layers again in backward, or for a precision.
+
+        Args:
+            precision: "fp32", or "bf16" for autocast in the network alone.
+            dropout: None takes the model's own setting.
+        """
+        if precision not in ("fp32", "bf16"):
+            raise ValueError(f"expected precision='fp32' or 'bf16', got {precision!r}")
+        with Attachment(self.network, self.adapted, self.dropout if dropout is None else dropout) as attachment:
+            self._attachment, self._precision = attachment, precision
+            try:
+                yield
+            finally:
+                self._attachment, self._precision = None, "fp32"
+
+    def data_plate(self, batch: Batch) -> _DataPlate:
+        """The plate over a batch of B rows out of N."""
+        rows = batch_rows(batch)
+        if self.size is None and batch.get("labels") is not None:
+            raise ValueError(
+                "expected to know the number of training rows N, which a batch cannot tell; write "
+                "model.prepare(train) or BayesianLoRA(..., size=N)"
+            )
+        return _DataPlate(self.size or rows, rows, {*self.sites.shapes, "_latents"})
+
+    def label_distribution(self, outputs, batch: Batch) -> dist.TorchDistribution:
+        """The distribution the likelihood gives the labels, batch shape (B,)."""
+        with poutine.block(), pyro.plate("data", batch_rows(batch), dim=-1):
+            trace = poutine.trace(self.likelihood).get_trace(outputs, batch)
+        if "labels" not in trace.nodes:
+            raise TypeError(f"expected the likelihood to sample a site named 'labels', got {self.likelihood!r}")
+        return trace.nodes["labels"]["fn"]
+
+    def to_device(self, batch: Batch) -> dict[str, Tensor]:
+        """The batch's tensors on the model's device."""
+        return {name: v.to(self.device) for name, v in batch.items() if isinstance(v, Tensor)}
+
+    # --- copies with one thing changed
+
+    def with_prior(self, prior: Callable) -> BayesianLoRA:
+        """The same subspace and head start under another prior."""
+        return self._copy(prior=prior).with_head(self.head)
+
+    def with_head(self, head: str | FixedHead) -> BayesianLoRA:
+        """The same subspace and prior with another treatment of the head; a point head starts anew."""
+        new = self._copy()
+        new._set_head(head, self.head_start)
+        return new
+
+    def prepare(
+        self, train, *, tokenizer=None, probe: bool = True, batch_size: int = 32, seed: int = 0
+    ) -> BayesianLoRA:
+        """A copy that knows N, the probed head and the subspace, so that several fits share them.
+
+        Args:
+            train: the training data.
+            tokenizer: for a datasets.Dataset, where the model has none.
+            probe: fit the head's output layer as a linear probe on the pretrained network first.
+            batch_size: rows per batch of the passes over the data.
+            seed: of every random choice (randomised SVD, LoRA's start).
+
+        Raises:
+            ValueError: labels out of range, empty data.
+        """
+        tokenizer = tokenizer or self.tokenizer
+        batches = as_batches(train, tokenizer, batch_size=batch_size, by_length=True)
+        self.check_labels(batches, "training data")
+        new = self._copy(size=batches.rows, tokenizer=tokenizer, _class_names=batches.class_names)
+        trained = self.head in ("point", "bayesian")
+        start = probe_head(new, batches) if probe and trained and self.head_start else self.head_start
+        new._set_head(self.head, start)
+        if self._adapted is None:
+            statistics = {}
+            if self.adapter.statistics is not None:
+                statistics = sum_statistics(new._pretrained_labels, self.modules, batches, self.adapter.projection)
+            new._adapted = self.adapter.bind(self.modules, statistics, torch.Generator().manual_seed(seed))
+        return new
+
+    def check_labels(self, batches, role: str) -> None:
+        """Raise a ValueError unless the batches have labels that the likelihood can take."""
+        if batches.labels is None:
+            raise ValueError(f"expected a column 'label' or 'labels' in the {role}, got none")
+        if hasattr(self.likelihood, "check_labels"):
+            self.likelihood.check_labels(batches.labels, self.classes)
+
+    def induced_sd(self, draws: int = 200, seed: int = 0) -> dict[str, float]:
+        """Prior standard deviation of the entries of W - W0 (root mean square over entries), per module.
+
+        Args:
+            draws: prior draws.
+            seed: of the draws.
+        """
+        squares = dict.fromkeys(self.modules, 0.0)
+        with torch.random.fork_rng(), poutine.block(), torch.no_grad():
+            torch.manual_seed(seed)
+            for _ in range(draws):
+                for name, latent in self.adapted.per_module(self.sample_prior()).items():
+                    left, right = self.adapted.low_rank_factors(name, latent)
+                    # |L R|_F^2 = tr(L'L R R'): r x r throughout.
+                    squares[name] += float(((left.T @ left) * (right @ right.T)).sum()) / draws
+        sizes = {name: base_weight(module).numel() for name, module in self.modules.items()}
+        return {name: (square / sizes[name]) ** 0.5 for name, square in squares.items()}
+
+    def _copy(self, **changes) -> BayesianLoRA:
+        new = copy.copy(self)
+        new.__dict__.update(changes)
+        return new
+
+    def _set_head(self, head: str | FixedHead, start: Mapping[str, Tensor]) -> None:
+        if not (isinstance(head, FixedHead) or head in ("point", "bayesian", "frozen")):
+            raise ValueError(f"expected head='point', 'bayesian', 'frozen' or a FixedHead, got {head!r}")
+        if isinstance(head, FixedHead) and set(head.values) != set(start):
+            raise ValueError(f"expected a head with parameters {sorted(start)}, got {sorted(head.values)}")
+        self.head, self.head_start = head, {name: value.to(self.device) for name, value in start.items()}
+        self._fixed_head = {}
+        if isinstance(head, FixedHead):
+            self._fixed_head = {name: value.to(self.device) for name, value in head.values.items()}
+        # A name of its own, so that two heads never meet in Pyro's param store.
+        name = f"head_{uuid.uuid4().hex[:8]}"
+        self.point_head = PointHead(self.head_start, name) if head == "point" and start else None
+
+    def _pretrained_labels(self, batch: Batch) -> tuple[dist.TorchDistribution, Tensor | None]:
+        batch = self.to_device(batch)
+        head = self.head_start if self.head in ("point", "bayesian") else self._fixed_head
+        outputs = self.pretrained_outputs(batch, head)
+        return self.label_distribution(outputs, batch), batch.get("labels")
+
+    def _run(self, batch: Batch):
+        inputs = {name: value for name, value in batch.items() if name != "labels"}
+        autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=self._precision == "bf16")
+        with autocast:
+            return self.network(**inputs)
+
+
+class _DataPlate(pyro.plate):
+    """The data plate, which latents may enter too: each row's draw then counts 1/N, a prior's own sites stay outside."""
+
+    def __init__(self, size: int, rows: int, latents: set[str]):
+        super().__init__("data", size=size, subsample=torch.arange(rows), dim=-1)
+        self._names, self._for_latents = latents, False
+
+    @contextmanager
+    def latents(self):
+        """The plate as the latents see it."""
+        self._for_latents = True
+        try:
+            with self:
+                yield
+        finally:
+            self._for_latents = False
+
+    def _process_message(self, msg):
+        if not self._for_latents:
+            super()._process_message(msg)
+        elif msg["name"] in self._names:
+            super()._process_message(msg)
+            msg["scale"] = msg["scale"] / self.size
