@@ -1,0 +1,34 @@
+"""Bayesian LoRA in a projected subspace, on Pyro: fine-tune a transformer and know how sure it is."""
+
+from . import adapters, distributions, guides, infer, likelihoods, metrics, priors, projections
+from .adapters import LoRA, LoRAXS
+from .data import Batches
+from .head import FixedHead
+from .infer import Rates, ScalesNotConverged
+from .infer import svi as fit
+from .model import BayesianLoRA
+from .posterior import Posterior, fixed_from
+from .predictive import Prediction, predict
+
+__all__ = [
+    "Batches",
+    "BayesianLoRA",
+    "FixedHead",
+    "LoRA",
+    "LoRAXS",
+    "Posterior",
+    "Prediction",
+    "Rates",
+    "ScalesNotConverged",
+    "adapters",
+    "distributions",
+    "fit",
+    "fixed_from",
+    "guides",
+    "infer",
+    "likelihoods",
+    "metrics",
+    "predict",
+    "priors",
+    "projections",
+]

@@ -53,7 +53,7 @@ def fisher(model, batches: Iterable[Batch], at: Tensor, rank: int, rows: int | N
         batch = model.to_device(batch)
         size = len(batch["labels"])
         latents = at.detach().expand(size, -1).clone().requires_grad_()
-        with torch.enable_grad(), model.attached():
+        with torch.enable_grad(), model.attached(dropout=False):
             outputs = model.outputs(batch, values | model.sites.split(latents), head)
             labels = model.label_distribution(outputs, batch)
             for gradient in row_gradients(labels, None, latents):

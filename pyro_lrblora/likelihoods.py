@@ -15,6 +15,8 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
+__all__ = ["Categorical"]
+
 
 @dataclass(frozen=True)
 class Categorical:

@@ -70,6 +70,7 @@ class BayesianLoRA:
         excluded |= {name for name, module in network.named_modules() if module is output}
         self.modules = find_targets(network, self.adapter.targets, self.adapter.layers, excluded)
         check_rank(self.adapter.rank, self.modules)
+        self.prepared = False  # whether `prepare` has seen the training data
         self._adapted = None
         self._attachment: Attachment | None = None
         self._precision = "fp32"
@@ -241,6 +242,16 @@ class BayesianLoRA:
         new._set_head(head, self.head_start)
         return new
 
+    def with_size(self, size: int) -> BayesianLoRA:
+        """The same model for another number of training rows; a point head starts anew."""
+        return self._copy(size=size).with_head(self.head)
+
+    def in_subspace_of(self, other: BayesianLoRA, head_start: Mapping[str, Tensor]) -> BayesianLoRA:
+        """The same prior and likelihood in the subspace of another model, with the head starting at given values."""
+        new = self._copy(_adapted=other.adapted, prepared=other.prepared, _class_names=other._class_names)
+        new._set_head(self.head, head_start)
+        return new
+
     def prepare(
         self, train, *, tokenizer=None, probe: bool = True, batch_size: int = 32, seed: int = 0
     ) -> BayesianLoRA:
@@ -259,7 +270,7 @@ class BayesianLoRA:
         tokenizer = tokenizer or self.tokenizer
         batches = as_batches(train, tokenizer, batch_size=batch_size, by_length=True)
         self.check_labels(batches, "training data")
-        new = self._copy(size=batches.rows, tokenizer=tokenizer, _class_names=batches.class_names)
+        new = self._copy(size=batches.rows, tokenizer=tokenizer, _class_names=batches.class_names, prepared=True)
         trained = self.head in ("point", "bayesian")
         start = probe_head(new, batches) if probe and trained and self.head_start else self.head_start
         new._set_head(self.head, start)

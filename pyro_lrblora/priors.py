@@ -21,6 +21,8 @@ from pyro import poutine
 from pyro.infer.autoguide.initialization import InitMessenger, init_to_median
 from torch import Tensor
 
+__all__ = ["Horseshoe", "Laplace", "LayerScale", "Normal", "StudentT"]
+
 Shapes = Mapping[str, torch.Size]
 
 

@@ -1,0 +1,77 @@
+"""Pyro's own autoguides: how they are started here, and the density of their draws."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+
+import torch
+from pyro.infer.autoguide import AutoContinuous, AutoGuide, AutoNormal, init_to_median, init_to_value
+from torch import Tensor, nn
+from torch.distributions import Normal, biject_to
+
+from .latent_guide import LatentGuide
+
+
+def build_guide(spec, model, start_scale: float | None = None) -> nn.Module:
+    """A guide from a spec, a guide class, or any callable from a model to a guide.
+
+    A stock autoguide class starts at the pretrained network and, where it takes an init_scale, at `start_scale`.
+
+    Args:
+        spec: guides.LowRank(rank=8), AutoNormal, lambda model: AutoNormal(model, init_scale=0.01), ...
+        model: a prepared BayesianLoRA.
+        start_scale: standard deviation at the start, of stock autoguides only.
+
+    Raises:
+        TypeError: a guide already built, or something that cannot be called.
+    """
+    if isinstance(spec, nn.Module):
+        raise TypeError(
+            f"expected a guide spec such as guides.LowRank(rank=8) or a class such as AutoNormal, got a built "
+            f"{type(spec).__name__}, which belongs to the model it was built on"
+        )
+    if not callable(spec):
+        raise TypeError(f"expected a guide spec such as guides.LowRank(rank=8), got {spec!r}")
+    options = {}
+    if isinstance(spec, type) and issubclass(spec, AutoGuide):
+        accepted = inspect.signature(spec).parameters
+        if "init_loc_fn" in accepted and accepted["init_loc_fn"].default is not None:
+            options["init_loc_fn"] = init_to_value(values=model.start(), fallback=init_to_median)
+        if "init_scale" in accepted and start_scale is not None:
+            options["init_scale"] = start_scale
+    guide = spec(model, **options)
+    if not isinstance(guide, nn.Module):
+        raise TypeError(f"expected {spec!r} to return a guide that is a PyroModule, got {type(guide).__name__}")
+    if not isinstance(guide, LatentGuide):
+        # Pyro names every autoguide after its class: two in one process would share parameters.
+        guide._pyro_name = f"{type(guide).__name__}_{id(guide):x}"
+        guide()
+    return guide
+
+
+def stock_log_prob(guide: AutoGuide, samples: Mapping[str, Tensor]) -> Tensor:
+    """Log density in nats, (S,), of draws under an AutoNormal or AutoContinuous guide.
+
+    Args:
+        guide: after its first call.
+        samples: by site, (S, *site shape).
+
+    Raises:
+        TypeError: another kind of guide, which has no density to evaluate.
+    """
+    if not isinstance(guide, AutoNormal | AutoContinuous):
+        raise TypeError(f"expected a guide with a density (AutoNormal, AutoContinuous), got {type(guide).__name__}")
+    total, flat = 0.0, []
+    for name, site in guide.prototype_trace.iter_stochastic_nodes():
+        transform, value = biject_to(site["fn"].support), samples[name]
+        free = transform.inv(value)
+        jacobian = transform.log_abs_det_jacobian(free, value)
+        total = total - jacobian.reshape(len(value), -1).sum(-1)
+        if isinstance(guide, AutoNormal):
+            loc, scale = guide._get_loc_and_scale(name)
+            total = total + Normal(loc, scale).log_prob(free).reshape(len(value), -1).sum(-1)
+        flat.append(free.reshape(len(value), -1))
+    if isinstance(guide, AutoContinuous):
+        total = total + guide.get_posterior().log_prob(torch.cat(flat, dim=-1))
+    return total

@@ -1,0 +1,293 @@
+"""Stochastic variational inference: fit a guide by maximising the ELBO."""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.optim.lr_scheduler import LambdaLR
+from tqdm.auto import tqdm
+
+from ..data import as_batches, batch_rows
+from ..fisher import fisher
+from ..guides import Curvature, Delta, LatentGuide, LowRankPrecision
+from ..guides.delta import DeltaGuide
+from ..guides.stock import build_guide
+from ..metrics import nll
+from ..model import BayesianLoRA
+from ..posterior import Posterior, fixed_from, local_parameters
+from ..predictive import predict
+from ..priors import prior_variance
+from .elbo import PartedELBO, has_closed_form
+from .progress import DRIFT, SCHEDULES, BestState, ScalesNotConverged, ScaleWatch, multiplier
+
+_ROWWISE_ENTRIES = 2**26  # latents of all rows of a batch, above which draws are shared
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Learning rates of Adam, one per kind of parameter.
+
+    Args:
+        loc: of means, and of everything that is not named below.
+        scale: of parameters with "scale" in their name (log standard deviations: a relative step).
+        factor: of parameters with "factor" in their name; smaller, or D x K per-element steps swamp the signal.
+        head: of a point head.
+    """
+
+    loc: float = 5e-3
+    scale: float = 1e-2
+    factor: float = 1e-3
+    head: float = 1e-3
+
+    def __post_init__(self):
+        for name in ("loc", "scale", "factor", "head"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"expected a rate >= 0, got {name}={getattr(self, name)!r}")
+
+
+@local_parameters
+def svi(
+    model: BayesianLoRA,
+    train,
+    *,
+    validation=None,
+    guide=LowRankPrecision(rank=8),
+    epochs: int = 5,
+    steps: int | None = None,
+    batch_size: int = 32,
+    rates: Rates = Rates(),
+    schedule: str = "cosine",
+    warmup: float = 0.06,
+    clip: float | None = 10.0,
+    weight_decay: float = 0.01,
+    init: Posterior | None = None,
+    map_epochs: int = 0,
+    warm_start: bool = True,
+    warm_start_rows: int | None = 1024,
+    kl: str = "auto",
+    draws: str = "auto",
+    accumulate: int = 1,
+    patience: int | None = None,
+    validation_draws: int = 8,
+    seed: int = 0,
+    device: str | None = None,
+    precision: str = "fp32",
+    callbacks: Sequence[Callable[[dict, Posterior], object]] = (),
+    progress: bool = True,
+    tokenizer=None,
+) -> Posterior:
+    """Fit a guide to a model by stochastic variational inference, and return the posterior with its history.
+
+    Neither the model, nor the network, nor Pyro's param store is changed.
+
+    Args:
+        model: prepared or not; preparing it once lets several fits share one subspace.
+        train: a datasets.Dataset, Batches, or a re-iterable of batch dicts, with labels.
+        validation: rows whose NLL is recorded every epoch.
+        guide: a spec of pyro_lrblora.guides, a stock Pyro autoguide class, or a callable from a model to a guide.
+        epochs: passes over train; `steps`, where given, counts optimiser steps instead.
+        batch_size: rows per batch, for a datasets.Dataset.
+        rates: learning rates.
+        schedule: "cosine", "linear" or "constant", after a linear warm-up over the share `warmup` of all steps.
+        clip: greatest norm of the gradient of -ELBO / N; None for no clipping.
+        weight_decay: on a point head, which has no prior (AdamW).
+        init: start at the mean and head of this posterior, in its subspace.
+        map_epochs: fit a Delta for so many epochs first and start there.
+        warm_start: set the scales from the Fisher matrix at the start (pyro#2113 asks for such staging).
+        warm_start_rows: rows that Fisher matrix is computed on, scaled up to N; None for all.
+        kl: "closed", "mc" (Monte Carlo), or "auto" for closed form where there is one.
+        draws: "row" (a draw per row of the batch), "shared" (one per batch), or "auto" for per row where the guide
+            declares it and memory allows.
+        accumulate: batches per optimiser step.
+        patience: stop after so many epochs without a better validation NLL and go back to the best; None runs all.
+        validation_draws: posterior draws for that NLL.
+        seed: of everything random here.
+        device: None leaves the network where it is; "auto", "cpu", "cuda" or "mps" moves it.
+        precision: "fp32", or "bf16" for autocast in the network alone; guide and loss stay in float32.
+        callbacks: called after every epoch with the history's last row and the posterior so far; a true value stops.
+        progress: show a progress bar.
+        tokenizer: for a datasets.Dataset, where the model has none.
+
+    Raises:
+        ValueError, TypeError, KeyError: bad arguments or data, before any work.
+        FloatingPointError: NaN or infinite loss; names the batch.
+
+    Warns:
+        ScalesNotConverged: the guide's standard deviations were still moving at the end.
+    """
+    _check_choice("schedule", schedule, SCHEDULES)
+    _check_choice("kl", kl, ("auto", "closed", "mc"))
+    _check_choice("draws", draws, ("auto", "row", "shared"))
+    _check_choice("precision", precision, ("fp32", "bf16"))
+    counts = {"epochs": epochs, "batch_size": batch_size, "accumulate": accumulate}
+    for name, value in (counts | {"steps": 1 if steps is None else steps}).items():
+        if not (isinstance(value, int) and value >= 1):
+            raise ValueError(f"expected {name} to be an integer >= 1, got {name}={value!r}")
+    if patience is not None and validation is None:
+        raise ValueError("expected validation= with patience=: early stopping needs rows that are not trained on")
+    tokenizer = tokenizer or model.tokenizer
+    train = as_batches(train, tokenizer, batch_size=batch_size, shuffle=seed)
+    model.check_labels(train, "training data")
+    if validation is not None:
+        validation = as_batches(validation, tokenizer, batch_size=2 * batch_size, by_length=True)
+        model.check_labels(validation, "validation data")
+    if device is not None:
+        model.network.to(_device(device))
+
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = _in_subspace(model, init, train, tokenizer)
+        if map_epochs:
+            init = svi(
+                model, train, guide=Delta(), epochs=map_epochs, rates=rates, init=init, warm_start=False, seed=seed,
+                precision=precision, progress=progress,
+            )  # fmt: skip
+            model = _in_subspace(model, init, train, tokenizer)
+        fitted = _start(model, guide, train, init, warm_start, warm_start_rows)
+        closed = kl != "mc" and has_closed_form(model, fitted)
+        if kl == "closed" and not closed:
+            raise ValueError(f"expected a guide and prior with a closed-form KL, got {guide!r} and {model.prior!r}")
+        per_row = _per_row(draws, fitted, model.sites.size * batch_size)
+        program, proposal = (model.rowwise, fitted.rowwise) if per_row else (model, fitted)
+        elbo = PartedELBO(closed, model.sites.shapes)
+        settings = {
+            "method": "svi", "epochs": epochs, "steps": steps, "batch_size": batch_size, "rates": vars(rates),
+            "schedule": schedule, "warmup": warmup, "clip": clip, "weight_decay": weight_decay,
+            "map_epochs": map_epochs, "warm_start": warm_start, "kl": "closed" if closed else "mc",
+            "draws": "row" if per_row else "shared", "accumulate": accumulate, "patience": patience,
+            "seed": seed, "precision": precision,
+        }  # fmt: skip
+        posterior = Posterior(model, fitted, guide, [], settings)
+        total = steps or epochs * math.ceil(len(train) / accumulate)
+        optimiser = _optimiser(fitted, model.point_head, rates, weight_decay)
+        scheduler = LambdaLR(optimiser, multiplier(schedule, warmup, total))
+        watch, best = ScaleWatch(), BestState(posterior)
+        watch.record(fitted, 0.0)
+
+        bar = tqdm(total=total, disable=not progress, desc=type(fitted).__name__, unit="step")
+        step = epoch = 0
+        stop = False
+        while step < total and not stop:
+            epoch, bounds, begun, pace = epoch + 1, [], time.perf_counter(), 0.0
+            for position, batch in enumerate(train):
+                with model.attached(precision):
+                    loss = elbo.differentiable_loss(program, proposal, batch) / model.size
+                    if not loss.isfinite():
+                        raise FloatingPointError(
+                            f"expected a finite loss, got {float(loss)} in batch {position} of epoch {epoch} "
+                            f"({batch_rows(batch)} rows); lower the rates, or look at those rows"
+                        )
+                    (loss / accumulate).backward()
+                bounds.append(elbo.bound)
+                if (position + 1) % accumulate and position + 1 < len(train):
+                    continue
+                if clip is not None:
+                    torch.nn.utils.clip_grad_norm_(_parameters(optimiser), clip)
+                optimiser.step()
+                optimiser.zero_grad()
+                pace += scheduler.get_last_lr()[0] / max(optimiser.defaults["lr"], 1e-30) / len(train) * accumulate
+                scheduler.step()
+                step += 1
+                bar.update()
+                if step == total:
+                    break
+            mean = lambda part, of=bounds: sum(getattr(bound, part) for bound in of) / len(of)
+            row = {
+                "epoch": epoch, "step": step, "elbo": mean("elbo") / model.size, "kl": mean("kl"),
+                "log_likelihood": mean("log_likelihood") / model.size, "mean_log_sd": watch.record(fitted, pace),
+                "seconds": time.perf_counter() - begun,
+            }  # fmt: skip
+            if validation is not None:
+                at = "mean" if isinstance(fitted, DeltaGuide) else None
+                row["validation_nll"] = _validation_nll(posterior, validation, validation_draws, at, precision)
+                stop = best.update(row["validation_nll"], patience)
+            posterior.history.append(row)
+            bar.set_postfix(epoch=epoch, elbo=f"{row['elbo']:.3f}", kl=f"{row['kl']:.1f}")
+            stop = any([callback(row, posterior) for callback in callbacks]) or stop
+        bar.close()
+    if patience is not None:
+        best.restore()
+    elif watch.drift > DRIFT:
+        warnings.warn(
+            f"the scales had not converged: their mean logarithm still moved by {watch.drift:.2f} per epoch at the full rate "
+            f"(converged is below {DRIFT}); train longer or raise rates.scale={rates.scale}",
+            ScalesNotConverged,
+            stacklevel=3,
+        )
+    return posterior
+
+
+def _in_subspace(model: BayesianLoRA, init: Posterior | None, train, tokenizer) -> BayesianLoRA:
+    """A copy for this fit alone: prepared, of the data's size, its head at the start."""
+    if init is not None:
+        if model.prepared and model.adapted is not init.model.adapted:
+            raise ValueError(
+                "expected init= to be fitted in the same subspace, got another; fit both from one model = model.prepare(train)"
+            )
+        model = model.in_subspace_of(init.model, fixed_from(init).values)
+    elif not model.prepared:
+        model = model.prepare(train, tokenizer=tokenizer)
+    return model.with_size(train.rows)
+
+
+def _start(model, spec, train, init, warm_start: bool, rows: int | None) -> torch.nn.Module:
+    """The guide at its start: at init's mean or the pretrained network, with scales from the Fisher matrix there."""
+    loc = model.sites.join(model.start() if init is None else init.mean()).to(model.device)
+    if isinstance(spec, Delta) or not warm_start:
+        guide = build_guide(spec, model)
+        if init is not None and isinstance(guide, LatentGuide):
+            guide.loc.data.copy_(loc)
+        return guide
+    precision = model.sites.join(prior_variance(model.sample_prior, model.sites.shapes)).reciprocal()
+    curvature = Curvature(loc, precision, fisher(model, train, loc, getattr(spec, "rank", 1) + 8, rows))
+    guide = build_guide(spec, model, float(curvature.diagonal.rsqrt().log().mean().exp()))
+    if isinstance(guide, LatentGuide):
+        with torch.no_grad():
+            guide.begin(curvature)
+    return guide
+
+
+def _optimiser(guide, head, rates: Rates, weight_decay: float) -> torch.optim.Optimizer:
+    groups: dict[str, list] = {"loc": [], "scale": [], "factor": []}
+    for name, parameter in guide.named_parameters():
+        kind = name.removeprefix("extra.").split(".")[0]
+        groups["factor" if "factor" in kind else "scale" if "scale" in kind else "loc"].append(parameter)
+    options = [{"params": p, "lr": getattr(rates, kind), "weight_decay": 0.0} for kind, p in groups.items() if p]
+    if head is not None:
+        options.append({"params": list(head.parameters()), "lr": rates.head, "weight_decay": weight_decay})
+    return torch.optim.AdamW(options, lr=options[0]["lr"])
+
+
+def _parameters(optimiser) -> list[torch.nn.Parameter]:
+    return [p for group in optimiser.param_groups for p in group["params"]]
+
+
+def _per_row(draws: str, guide, entries: int) -> bool:
+    declared = getattr(guide, "rowwise", None) is not None
+    if draws == "row" and not declared:
+        raise TypeError(
+            f"expected a guide that declares `rowwise` for draws='row', got {type(guide).__name__}, which would silently "
+            "become one guide per row; write draws='shared'"
+        )
+    return declared and (draws == "row" or (draws == "auto" and entries <= _ROWWISE_ENTRIES))
+
+
+def _validation_nll(posterior, batches, draws: int, at: str | None, precision: str) -> float:
+    prediction = predict(posterior, batches, draws=draws, at=at, precision=precision)
+    return nll(prediction.probs, prediction.labels)
+
+
+def _device(name: str) -> str:
+    if name != "auto":
+        return name
+    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"expected {name} to be one of {list(choices)}, got {name}={value!r}")

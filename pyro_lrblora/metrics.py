@@ -1,0 +1,147 @@
+"""Scores of probabilistic classification: NLL, Brier, calibration error, bootstrap intervals, temperature scaling."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Array = np.ndarray | Tensor
+
+
+def accuracy(probs: Array, labels: Array) -> float:
+    """Share of rows whose most probable class is the label; probs (N, C), labels (N,)."""
+    probs, labels = _check(probs, labels)
+    return float((probs.argmax(-1) == labels).mean())
+
+
+def nll(probs: Array, labels: Array) -> float:
+    """Mean negative log likelihood in nats; probs (N, C), labels (N,). Zero probabilities count as 1e-30."""
+    probs, labels = _check(probs, labels)
+    return float(-np.log(np.maximum(probs[np.arange(len(labels)), labels], 1e-30)).mean())
+
+
+def brier(probs: Array, labels: Array) -> float:
+    """Mean squared distance to the one-hot label, between 0 and 2; probs (N, C), labels (N,) (Brier 1950)."""
+    probs, labels = _check(probs, labels)
+    return float((np.square(probs - np.eye(probs.shape[1])[labels]).sum(-1)).mean())
+
+
+def ece(probs: Array, labels: Array, bins: int = 15, kind: str = "width") -> float:
+    """Expected calibration error: mean |confidence - accuracy| over bins, weighted by their rows.
+
+    Args:
+        probs: (N, C).
+        labels: (N,).
+        bins: how many; figures with different bins are not comparable.
+        kind: "width" for bins of equal width in confidence (Guo et al. 2017), "mass" for bins of equal size, "class" for
+            the mean over classes of the equal-width error of each class's own probability (Nixon et al. 2019).
+    """
+    probs, labels = _check(probs, labels)
+    if kind == "class":
+        hits = np.eye(probs.shape[1])[labels]
+        return float(np.mean([_binned_error(probs[:, c], hits[:, c], bins, "width") for c in range(probs.shape[1])]))
+    return _binned_error(probs.max(-1), (probs.argmax(-1) == labels).astype(float), bins, kind)
+
+
+def reliability(probs: Array, labels: Array, bins: int = 15) -> dict[str, np.ndarray]:
+    """Confidence, accuracy and rows of each non-empty equal-width bin, for a reliability diagram."""
+    probs, labels = _check(probs, labels)
+    confidence, hits = probs.max(-1), (probs.argmax(-1) == labels).astype(float)
+    places = _bin_of(confidence, bins, "width")
+    used = [np.flatnonzero(places == b) for b in np.unique(places)]
+    return {
+        "confidence": np.array([confidence[rows].mean() for rows in used]),
+        "accuracy": np.array([hits[rows].mean() for rows in used]),
+        "rows": np.array([len(rows) for rows in used]),
+    }
+
+
+def bootstrap(
+    metric: Callable[[np.ndarray, np.ndarray], float],
+    probs: Array,
+    labels: Array,
+    draws: int = 1000,
+    level: float = 0.95,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """Percentile interval of a metric over resampled rows.
+
+    Args:
+        metric: any function of (probs, labels) here.
+        probs: (N, C).
+        labels: (N,).
+        draws: resamples.
+        level: of the interval, between 0 and 1.
+        seed: of the resampling.
+    """
+    probs, labels = _check(probs, labels)
+    if not 0 < level < 1 or draws < 1:
+        raise ValueError(f"expected 0 < level < 1 and draws >= 1, got level={level}, draws={draws}")
+    generator = np.random.default_rng(seed)
+    rows = generator.integers(len(labels), size=(draws, len(labels)))
+    values = [metric(probs[r], labels[r]) for r in rows]
+    low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def fit_temperature(log_probs: Array, labels: Array) -> float:
+    """The temperature T > 0 that minimises the NLL of softmax(log_probs / T) (Guo et al. 2017).
+
+    Args:
+        log_probs: (N, C) of *validation* rows, never of the rows that are scored.
+        labels: (N,).
+    """
+    scores, labels = torch.as_tensor(np.asarray(log_probs)).double(), torch.as_tensor(np.asarray(labels)).long()
+    log_inverse = torch.zeros((), dtype=torch.float64, requires_grad=True)
+    optimiser = torch.optim.LBFGS([log_inverse], max_iter=100, line_search_fn="strong_wolfe")
+
+    def loss():
+        optimiser.zero_grad()
+        # Bounded, because on separable rows the best temperature is zero.
+        value = torch.nn.functional.cross_entropy(scores * log_inverse.clamp(-5, 5).exp(), labels)
+        value.backward()
+        return value
+
+    with torch.enable_grad():
+        optimiser.step(loss)
+    return float((-log_inverse.detach().clamp(-5, 5)).exp())
+
+
+def apply_temperature(log_probs: Array, temperature: float) -> np.ndarray:
+    """softmax(log_probs / temperature), (N, C)."""
+    return torch.softmax(torch.as_tensor(np.asarray(log_probs)).double() / temperature, -1).numpy()
+
+
+def _binned_error(confidence: np.ndarray, hits: np.ndarray, bins: int, kind: str) -> float:
+    places = _bin_of(confidence, bins, kind)
+    gaps = np.bincount(places, weights=confidence - hits)
+    return float(np.abs(gaps).sum() / len(confidence))
+
+
+def _bin_of(confidence: np.ndarray, bins: int, kind: str) -> np.ndarray:
+    if bins < 1:
+        raise ValueError(f"expected bins >= 1, got bins={bins}")
+    if kind == "width":
+        # Right-closed bins, as in the reference implementations.
+        return np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
+    if kind == "mass":
+        places = np.empty(len(confidence), dtype=int)
+        places[np.argsort(confidence, kind="stable")] = np.arange(len(confidence)) * bins // len(confidence)
+        return places
+    raise ValueError(f"expected kind='width', 'mass' or 'class', got kind={kind!r}")
+
+
+def _check(probs: Array, labels: Array) -> tuple[np.ndarray, np.ndarray]:
+    probs, labels = np.asarray(probs, dtype=float), np.asarray(labels)
+    if probs.ndim != 2 or labels.shape != probs.shape[:1] or len(labels) == 0:
+        raise ValueError(
+            f"expected probs (N, C) and labels (N,) with N >= 1, got {probs.shape} and {labels.shape}"
+        )
+    if not np.all(np.abs(probs.sum(-1) - 1) < 1e-3) or probs.min() < -1e-6:
+        raise ValueError("expected rows of probs to be probabilities that add up to 1; write logits.softmax(-1)")
+    if labels.min() < 0 or labels.max() >= probs.shape[1]:
+        raise ValueError(f"expected labels 0..{probs.shape[1] - 1}, got {labels.min()}..{labels.max()}")
+    return probs, labels.astype(int)

@@ -1,0 +1,159 @@
+"""What inference returns, whatever the method."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import wraps
+
+import pyro
+import torch
+from pyro import poutine
+from torch import Tensor
+
+from .distributions import CovarianceFactors
+from .guides import LatentGuide
+from .guides.stock import stock_log_prob
+from .head import FixedHead
+from .model import BayesianLoRA
+
+
+def local_parameters(method):
+    """Run under Pyro's module_local_params, so that reading a guide leaves the global param store alone."""
+
+    @wraps(method)
+    def wrapped(*args, **kwargs):
+        with pyro.settings.context(module_local_params=True):
+            return method(*args, **kwargs)
+
+    return wrapped
+
+
+@dataclass
+class Posterior:
+    """An approximate posterior over the latents of one model, with the point head that was trained beside it.
+
+    Args:
+        model: a copy of the fitted BayesianLoRA that owns the trained head.
+        guide: the fitted Pyro guide.
+        guide_spec: what the guide was built from.
+        history: one dict per epoch; elbo and log_likelihood per observation, kl in all, in nats.
+        settings: the arguments of the fit.
+    """
+
+    model: BayesianLoRA
+    guide: torch.nn.Module
+    guide_spec: object
+    history: list[dict] = field(default_factory=list)
+    settings: dict = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        return f"Posterior({self.guide_spec!r}, {self.model!r})"
+
+    @local_parameters
+    @torch.no_grad()
+    def sample(self, draws: int, seed: int | None = None) -> dict[str, Tensor]:
+        """Independent draws of every site: the latents, a prior's scales, a Bayesian head.
+
+        Args:
+            draws: S, at least 1.
+            seed: makes the draws reproducible; None uses torch's own generator.
+
+        Returns:
+            By site, (S, *site shape).
+        """
+        if draws < 1:
+            raise ValueError(f"expected draws >= 1, got draws={draws}")
+        with torch.random.fork_rng(enabled=seed is not None):
+            if seed is not None:
+                torch.manual_seed(seed)
+            traces = [poutine.trace(self.guide).get_trace() for _ in range(draws)]
+        names = [
+            name for name in traces[0].stochastic_nodes if not traces[0].nodes[name]["infer"].get("is_auxiliary")
+        ]
+        return {name: torch.stack([trace.nodes[name]["value"] for trace in traces]) for name in names}
+
+    @local_parameters
+    @torch.no_grad()
+    def log_prob(self, samples: Mapping[str, Tensor]) -> Tensor:
+        """Log density q of draws, in nats, (S,).
+
+        Args:
+            samples: what `sample` returned, or values of the same shapes.
+
+        Raises:
+            TypeError: the guide has no density that can be evaluated.
+        """
+        if isinstance(self.guide, LatentGuide):
+            latents = self.guide.distribution().log_prob(self.model.sites.join(samples))
+            extra = self.guide.extra
+            return latents if extra is None else latents + stock_log_prob(extra, samples)
+        return stock_log_prob(self.guide, samples)
+
+    @local_parameters
+    @torch.no_grad()
+    def mean(self) -> dict[str, Tensor]:
+        """The posterior mean of the latents and the median of every other site, by site."""
+        if isinstance(self.guide, LatentGuide):
+            values = {} if self.guide.extra is None else self.guide.extra.median()
+            return values | self.model.sites.split(self.guide.distribution().mean)
+        if hasattr(self.guide, "median"):
+            return self.guide.median()
+        return {name: draws.mean(0) for name, draws in self.sample(256, seed=0).items()}
+
+    @local_parameters
+    @torch.no_grad()
+    def covariance(self) -> CovarianceFactors:
+        """The covariance of the D latents as diagonal and factor; dense() makes the matrix where D is small.
+
+        Raises:
+            TypeError: the guide is not one of this library's Gaussian families.
+        """
+        if not isinstance(self.guide, LatentGuide):
+            raise TypeError(
+                f"expected a guide of pyro_lrblora.guides for covariance factors, got {type(self.guide).__name__}; use "
+                "the sample covariance of posterior.sample(draws)"
+            )
+        q = self.guide.distribution()
+        if hasattr(q, "covariance_factors"):
+            return q.covariance_factors()
+        return CovarianceFactors(q.variance, q.variance.new_zeros(q.event_shape[0], 0))
+
+    @local_parameters
+    def head(self) -> dict[str, Tensor]:
+        """The trained or fixed head's parameters by dotted name; empty where the head is Bayesian."""
+        return {name: value.detach() for name, value in self.model.head_values().items()}
+
+    def parameter_counts(self) -> dict[str, int]:
+        """How many parameters the posterior and the head have."""
+        return {
+            "posterior": sum(p.numel() for p in self.guide.parameters()),
+            "head": sum(value.numel() for value in self.head().values()),
+        }
+
+    def save(self, folder) -> None:
+        """Write posterior.json and posterior.safetensors into a folder, A, B and the head included."""
+        from .storage import save
+
+        save(self, folder)
+
+    @staticmethod
+    def load(folder, network, *, tokenizer=None, prior=None, likelihood=None, guide=None) -> Posterior:
+        """A saved posterior on a network with the same base weights; see pyro_lrblora.storage.load."""
+        from .storage import load
+
+        return load(folder, network, tokenizer=tokenizer, prior=prior, likelihood=likelihood, guide=guide)
+
+    def to_arviz(self, data=None, draws: int = 100, seed: int = 0):
+        """The posterior's draws, prior draws, and predictions on `data` as ArviZ data; see pyro_lrblora.arviz_io."""
+        from .arviz_io import to_arviz
+
+        return to_arviz(self, data, draws=draws, seed=seed)
+
+
+def fixed_from(posterior: Posterior) -> FixedHead:
+    """The trained head of a posterior, to be neither trained nor sampled in another model."""
+    values = posterior.head() or {
+        name: value for name, value in posterior.mean().items() if name in posterior.model.head_start
+    }
+    return FixedHead(values)

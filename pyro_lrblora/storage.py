@@ -1,0 +1,186 @@
+"""A posterior on disk: posterior.json and posterior.safetensors, never pickle."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from importlib.metadata import version
+from pathlib import Path
+
+import pyro
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from . import adapters, guides, likelihoods, priors, projections
+from .adapters.targets import base_weight
+from .guides.stock import build_guide
+from .head import FixedHead
+from .model import BayesianLoRA
+from .posterior import Posterior, local_parameters
+
+_FORMAT = "pyro_lrblora posterior, version 1"
+_PROBES = 16  # values kept of every base parameter, to recognise the base
+
+
+@local_parameters
+def save(posterior: Posterior, folder) -> None:
+    """Write a posterior, its frozen A and B and its head into a folder; an older one there is replaced whole.
+
+    Args:
+        posterior: what a fit returned.
+        folder: made if it is not there.
+    """
+    model = posterior.model
+    head = {} if model.head == "bayesian" else posterior.head()
+    tensors = {f"guide.{k}": v for k, v in posterior.guide.state_dict().items()}
+    tensors |= {f"adapter.{k}": v for k, v in model.adapted.tensors().items()}
+    tensors |= {f"head.{k}": v for k, v in (head or model.head_start).items()}
+    names, tensors["base"] = _base_probe(model)
+    card = {
+        "format": _FORMAT,
+        "pyro_lrblora": version("pyro_lrblora"),
+        "network": type(model.network).__name__,
+        "base": names,
+        "adapter": _describe(model.adapter),
+        "modules": {name: list(base_weight(module).shape) for name, module in model.modules.items()},
+        "prior": _describe(model.prior),
+        "likelihood": _describe(model.likelihood),
+        "guide": _describe(posterior.guide_spec),
+        "head": "fixed" if isinstance(model.head, FixedHead) else model.head,
+        "head_modules": model.head_modules,
+        "head_scale": model.head_scale,
+        "class_names": model.class_names,
+        "size": model.size,
+        "history": posterior.history,
+        "settings": posterior.settings,
+    }
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    _replace(folder / "posterior.safetensors", lambda path: save_file(_plain(tensors), path))
+    _replace(folder / "posterior.json", lambda path: path.write_text(json.dumps(card, indent=1)))
+
+
+@local_parameters
+def load(folder, network: nn.Module, *, tokenizer=None, prior=None, likelihood=None, guide=None) -> Posterior:
+    """A saved posterior on a network with the same base weights.
+
+    Args:
+        folder: what `save` wrote.
+        network: freshly loaded; its head does not matter, the saved one is used.
+        tokenizer: for predictions on a datasets.Dataset.
+        prior, likelihood, guide: only where the saved one was your own function, which a file cannot hold.
+
+    Raises:
+        ValueError: the files are missing, corrupt or not a posterior, or belong to another base.
+    """
+    card, tensors = _read(Path(folder))
+    try:
+        model = BayesianLoRA(
+            network,
+            _restore(card["adapter"], adapters, None, "adapter"),
+            _restore(card["prior"], priors, prior, "prior"),
+            _restore(card["likelihood"], likelihoods, likelihood, "likelihood"),
+            head_modules=card["head_modules"],
+            head_scale=card["head_scale"],
+            tokenizer=tokenizer,
+            size=card["size"],
+        )
+        spec = _restore(card["guide"], guides, guide, "guide")
+    except KeyError as error:
+        raise ValueError(f"expected a posterior in {folder}, got a file without {error}") from error
+    _check_base(model, card, tensors["base"])
+    part = lambda prefix: {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
+    shapes = {name: tuple(shape) for name, shape in card["modules"].items()}
+    model._class_names = card["class_names"]
+    model._adapted = model.adapter.restore(part("adapter."), shapes)
+    head = part("head.")
+    model._set_head(FixedHead(head) if card["head"] == "fixed" else card["head"], head)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        fitted = build_guide(spec, model)
+    try:
+        fitted.load_state_dict(part("guide."))
+    except RuntimeError as error:
+        raise ValueError(f"expected the parameters of {spec!r} in {folder}, got others: {error}") from error
+    return Posterior(model, fitted.to(model.device), spec, card["history"], card["settings"])
+
+
+def _read(folder: Path) -> tuple[dict, dict[str, Tensor]]:
+    try:
+        card = json.loads((folder / "posterior.json").read_text())
+        tensors = load_file(folder / "posterior.safetensors")
+    except FileNotFoundError as error:
+        raise ValueError(f"expected posterior.json and posterior.safetensors in {folder}, missing {error.filename}") from None
+    except (ValueError, SafetensorError) as error:
+        raise ValueError(f"expected a posterior in {folder}, got a file that cannot be read: {error}") from error
+    if not isinstance(card, dict) or card.get("format") != _FORMAT:
+        raise ValueError(f"expected a file of format {_FORMAT!r} in {folder}, got {str(card)[:80]!r}")
+    if "base" not in tensors:
+        raise ValueError(f"expected a posterior in {folder}, got a safetensors file without the base's fingerprint")
+    return card, tensors
+
+
+def _base_probe(model: BayesianLoRA) -> tuple[list[str], Tensor]:
+    """A few values of every parameter outside the head: (names, (P, 16))."""
+    named = {n: p for n, p in model.network.named_parameters() if n not in model.head_start}
+    rows = []
+    for parameter in named.values():
+        flat = parameter.detach().flatten()
+        places = torch.linspace(0, len(flat) - 1, _PROBES, device=flat.device).long()
+        rows.append(flat[places].float().cpu())
+    return list(named), torch.stack(rows)
+
+
+def _check_base(model: BayesianLoRA, card: dict, saved: Tensor) -> None:
+    names, here = _base_probe(model)
+    if names != card["base"]:
+        different = sorted(set(names) ^ set(card["base"]))[:3]
+        raise ValueError(
+            f"expected the base this posterior was fitted on ({card['network']}), got "
+            f"{type(model.network).__name__} with other parameters, such as {different}"
+        )
+    # Looser than bit for bit, so that the same base in bf16 is the same base.
+    wrong = [n for n, a, b in zip(names, here, saved, strict=True) if (a - b).norm() > 0.02 * b.norm() + 1e-6]
+    if wrong:
+        raise ValueError(
+            f"expected the base this posterior was fitted on ({card['network']}), got other weights in {len(wrong)} of "
+            f"{len(names)} parameters, such as {wrong[0]!r}"
+        )
+
+
+def _describe(spec) -> dict:
+    """A spec as JSON: its class and fields; a user's own function by its repr only."""
+    if dataclasses.is_dataclass(spec) and type(spec).__module__.startswith(__package__):
+        fields = {f.name: getattr(spec, f.name) for f in dataclasses.fields(spec)}
+        nested = lambda value: _describe(value) if dataclasses.is_dataclass(value) else value
+        return {"type": type(spec).__name__, "fields": {k: nested(v) for k, v in fields.items()}}
+    if isinstance(spec, type) and getattr(pyro.infer.autoguide, spec.__name__, None) is spec:
+        return {"autoguide": spec.__name__}
+    return {"own": repr(spec)}
+
+
+def _restore(card: dict, namespace, given, role: str):
+    if given is not None:
+        return given
+    if "own" in card:
+        raise ValueError(f"expected {role}= because this posterior was fitted with your own {card['own']}")
+    if "autoguide" in card:
+        return getattr(pyro.infer.autoguide, card["autoguide"])
+    if card["type"] not in namespace.__all__:
+        raise ValueError(f"expected a {role} of pyro_lrblora.{namespace.__name__}, got {card['type']!r}")
+    nested = lambda value: _restore(value, projections, None, role) if isinstance(value, dict) else value
+    return getattr(namespace, card["type"])(**{k: nested(v) for k, v in card["fields"].items()})
+
+
+def _plain(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
+
+
+def _replace(path: Path, write) -> None:
+    """Write beside the target and move into place, so that a crash leaves the old file whole."""
+    partial = path.with_name(path.name + ".partial")
+    write(partial)
+    os.replace(partial, path)
