@@ -1,7 +1,8 @@
 """Bayesian LoRA in a projected subspace, on Pyro: fine-tune a transformer and know how sure it is."""
 
-from . import adapters, distributions, guides, infer, likelihoods, metrics, priors, projections
+from . import adapters, distributions, guides, infer, likelihoods, metrics, plots, priors, projections
 from .adapters import LoRA, LoRAXS
+from .comparison import compare
 from .data import Batches
 from .head import FixedHead
 from .infer import Rates, ScalesNotConverged
@@ -21,6 +22,7 @@ __all__ = [
     "Rates",
     "ScalesNotConverged",
     "adapters",
+    "compare",
     "distributions",
     "fit",
     "fixed_from",
@@ -28,6 +30,7 @@ __all__ = [
     "infer",
     "likelihoods",
     "metrics",
+    "plots",
     "predict",
     "priors",
     "projections",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import datasets
 import numpy as np
@@ -146,6 +147,16 @@ def as_batches(data, tokenizer=None, **options) -> Batches | _GivenBatches:
 def batch_rows(batch: Batch) -> int:
     """B, the number of rows of a batch."""
     return next(len(value) for value in batch.values() if isinstance(value, Tensor) and value.dim())
+
+
+@contextmanager
+def naming_the_batch(position: int, epoch: int | None = None):
+    """Say in which batch a FloatingPointError (NaN, infinity) happened."""
+    try:
+        yield
+    except FloatingPointError as error:
+        when = "" if epoch is None else f" of epoch {epoch}"
+        raise FloatingPointError(f"in batch {position}{when}: {error}; look at those rows, or lower the rates") from error
 
 
 def _encode(dataset, tokenizer, text, max_length) -> dict[str, list]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .data import Batch
+from .data import Batch, naming_the_batch
 from .scores import row_gradients
 
 
@@ -49,11 +49,11 @@ def fisher(model, batches: Iterable[Batch], at: Tensor, rank: int, rows: int | N
     sketch = at.new_zeros(0, at.numel())
     values, head = model.start(), model.head_values()
     seen = 0
-    for batch in batches:
+    for position, batch in enumerate(batches):
         batch = model.to_device(batch)
         size = len(batch["labels"])
         latents = at.detach().expand(size, -1).clone().requires_grad_()
-        with torch.enable_grad(), model.attached(dropout=False):
+        with torch.enable_grad(), model.attached(dropout=False), naming_the_batch(position):
             outputs = model.outputs(batch, values | model.sites.split(latents), head)
             labels = model.label_distribution(outputs, batch)
             for gradient in row_gradients(labels, None, latents):

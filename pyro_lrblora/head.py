@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from .likelihoods import logits_of
 
+_CHOICE_ROWS = 5000  # training rows a prior scale is chosen on
+
 
 @dataclass(frozen=True)
 class FixedHead:
@@ -69,8 +71,8 @@ def output_layer(network: nn.Module, head: Iterable[str]) -> str | None:
     return linear[-1] if linear else None
 
 
-def probe_head(model, batches) -> dict[str, Tensor]:
-    """The model's head parameters with the output layer fitted as a linear probe on the pretrained network.
+def probe_head(model, batches) -> tuple[dict[str, Tensor], float]:
+    """The model's head parameters with the output layer fitted as a linear probe, and the prior scale it was fitted with.
 
     Args:
         model: a BayesianLoRA.
@@ -79,7 +81,7 @@ def probe_head(model, batches) -> dict[str, Tensor]:
     head = dict(model.head_start)
     layer = output_layer(model.network, head)
     if layer is None:
-        return head
+        return head, model.head_scale
     module = model.network.get_submodule(layer)
     seen: dict[str, Tensor] = {}
 
@@ -100,13 +102,39 @@ def probe_head(model, batches) -> dict[str, Tensor]:
             labels.append(batch["labels"].to(model.device))
     finally:
         handle.remove()
-    weight, bias = linear_probe(
-        torch.cat(features), torch.cat(labels), model.classes, model.head_scale, module.bias is not None
-    )
+    x, y, bias = torch.cat(features).double(), torch.cat(labels), module.bias is not None
+    scale = model.head_scale or choose_scale(x, y, model.classes, bias)
+    weight, offset = linear_probe(x, y, model.classes, scale, bias)
     head[f"{layer}.weight"] = weight
-    if bias is not None:
-        head[f"{layer}.bias"] = bias
-    return head
+    if bias:
+        head[f"{layer}.bias"] = offset
+    return head, scale
+
+
+def choose_scale(features: Tensor, labels: Tensor, classes: int, bias: bool) -> float:
+    """The prior scale whose probe has the best five-fold cross-validated likelihood on the training rows.
+
+    Args:
+        features: (N, H).
+        labels: (N,).
+        classes: C.
+        bias: whether the layer has one.
+    """
+    # In units in which the prior's logits have a standard deviation of 1: features come in any magnitude.
+    unit = 1 / float(features.square().sum(-1).mean().sqrt().clamp(min=1e-12))
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0)).to(labels.device)
+    folds = order[:_CHOICE_ROWS].chunk(5)
+    if len(folds) < 5:
+        return unit
+    scores = {}
+    for scale in (unit * step for step in (0.3, 0.6, 1.0, 1.7, 3.0, 6.0)):
+        scores[scale] = 0.0
+        for held in folds:
+            kept = torch.cat([fold for fold in folds if fold is not held])
+            weight, offset = linear_probe(features[kept], labels[kept], classes, scale, bias)
+            logits = features[held].float() @ weight.T + (offset if bias else 0)
+            scores[scale] += float(nn.functional.cross_entropy(logits, labels[held], reduction="sum"))
+    return min(scores, key=scores.get)
 
 
 def linear_probe(

@@ -30,14 +30,20 @@ class Categorical:
     class_names: Sequence[str] | None = None
 
     def __call__(self, outputs, batch: Mapping[str, Tensor]) -> Tensor:
-        return pyro.sample("labels", dist.Categorical(logits=logits_of(outputs)), obs=batch.get("labels"))
+        logits = logits_of(outputs)
+        if not logits.isfinite().all():
+            rows = (~logits.isfinite()).any(-1).nonzero().flatten().tolist()
+            raise FloatingPointError(f"expected finite logits, got NaN or infinity in rows {rows[:10]} of the batch")
+        return pyro.sample("labels", dist.Categorical(logits=logits), obs=batch.get("labels"))
 
-    def check_labels(self, labels: Tensor, classes: int) -> None:
-        """Raise a ValueError where labels (N,) are not class indices 0..classes-1."""
+    def check_labels(self, labels: Tensor, classes: int | None) -> None:
+        """Raise a ValueError where labels (N,) are not class indices 0..classes-1; None where C is not known."""
         if labels.is_floating_point() or labels.dim() != 1:
             raise ValueError(
                 f"expected integer labels of shape (N,) for Categorical, got {labels.dtype} {tuple(labels.shape)}"
             )
+        if classes is None:
+            return
         wrong = labels[(labels < 0) | (labels >= classes)]
         if len(wrong):
             raise ValueError(

@@ -37,7 +37,8 @@ class BayesianLoRA:
         head: "point" (trained, no posterior), "bayesian" (a sample site per parameter), a FixedHead such as
             fixed_from(posterior), or "frozen" (the network's own values).
         head_modules: dotted names of the head's modules; None takes what stands outside a transformers model's base.
-        head_scale: standard deviation of the Normal prior on head weights: of a Bayesian head and of the linear probe.
+        head_scale: standard deviation of the Normal prior on head weights, whether they are sampled, trained to a point, or
+            fitted as the linear probe; None lets `prepare` choose it by cross-validation of the probe.
         tokenizer: used for every datasets.Dataset given to this model or its posteriors.
         size: N, the number of training rows; `prepare` and `fit` find it themselves.
         dropout: run the network in training mode while fitting.
@@ -55,7 +56,7 @@ class BayesianLoRA:
         *,
         head: str | FixedHead = "point",
         head_modules: Sequence[str] | None = None,
-        head_scale: float = 1.0,
+        head_scale: float | None = None,
         tokenizer=None,
         size: int | None = None,
         dropout: bool = False,
@@ -124,7 +125,8 @@ class BayesianLoRA:
     def start(self) -> dict[str, Tensor]:
         """Latents (and a Bayesian head) at which the network is the pretrained one with its probed head."""
         values = self.adapted.start() | (self.head_start if self.head == "bayesian" else {})
-        return {name: value.to(self.device) for name, value in values.items()}
+        # Copies: a guide's parameters may start as these very tensors.
+        return {name: value.to(self.device, copy=True) for name, value in values.items()}
 
     # --- the Pyro model
 
@@ -158,7 +160,7 @@ class BayesianLoRA:
             if missing:
                 raise KeyError(f"expected the prior to return every latent site {list(shapes)}, missing {missing}")
             if self.head == "bayesian":
-                head = dist.Normal(0.0, self.head_scale)
+                head = dist.Normal(0.0, self.head_scale or 1.0)
                 values = dict(values) | {
                     name: pyro.sample(name, head.expand(start.shape).to_event())
                     for name, start in self.head_start.items()
@@ -168,6 +170,12 @@ class BayesianLoRA:
     def head_values(self) -> dict[str, Tensor]:
         """The parameters of a point or fixed head by dotted name, empty otherwise."""
         return self._fixed_head if self.point_head is None else self.point_head()
+
+    def head_penalty(self, head: Mapping[str, Tensor]) -> Tensor | float:
+        """Minus the log prior of a point head's weights, in nats up to a constant; biases have a flat prior."""
+        if self.point_head is None:
+            return 0.0
+        return sum(0.5 * w.square().sum() for w in head.values() if w.dim() > 1) / (self.head_scale or 1.0) ** 2
 
     def outputs(self, batch: Batch, values: Mapping[str, Tensor], head: Mapping[str, Tensor]):
         """What the network returns for a batch at given latents, one draw or one per row.
@@ -272,8 +280,9 @@ class BayesianLoRA:
         self.check_labels(batches, "training data")
         new = self._copy(size=batches.rows, tokenizer=tokenizer, _class_names=batches.class_names, prepared=True)
         trained = self.head in ("point", "bayesian")
-        start = probe_head(new, batches) if probe and trained and self.head_start else self.head_start
-        new._set_head(self.head, start)
+        if probe and trained and self.head_start:
+            start, new.head_scale = probe_head(new, batches)
+            new._set_head(self.head, start)
         if self._adapted is None:
             statistics = {}
             if self.adapter.statistics is not None:

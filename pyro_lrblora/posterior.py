@@ -9,10 +9,13 @@ from functools import wraps
 import pyro
 import torch
 from pyro import poutine
+from pyro.infer.autoguide import AutoDelta
+from pyro.nn import PyroModule
 from torch import Tensor
 
 from .distributions import CovarianceFactors
 from .guides import LatentGuide
+from .guides.delta import DeltaGuide
 from .guides.stock import stock_log_prob
 from .head import FixedHead
 from .model import BayesianLoRA
@@ -47,8 +50,20 @@ class Posterior:
     history: list[dict] = field(default_factory=list)
     settings: dict = field(default_factory=dict)
 
+    def __post_init__(self):
+        # A guide fitted by hand was built for the global param store and lacks what reading it locally needs.
+        for root in (self.guide, self.model.point_head):
+            for module in root.modules() if root is not None else ():
+                if isinstance(module, PyroModule) and not hasattr(module._pyro_context, "param_state"):
+                    module._pyro_context.param_state = {"params": {}, "constraints": {}}
+
     def __repr__(self) -> str:
         return f"Posterior({self.guide_spec!r}, {self.model!r})"
+
+    @property
+    def is_point(self) -> bool:
+        """Whether all mass is on one point (a Delta guide): nothing to average over, and no evidence bound."""
+        return isinstance(self.guide, DeltaGuide | AutoDelta)
 
     @local_parameters
     @torch.no_grad()
@@ -96,9 +111,11 @@ class Posterior:
         """The posterior mean of the latents and the median of every other site, by site."""
         if isinstance(self.guide, LatentGuide):
             values = {} if self.guide.extra is None else self.guide.extra.median()
-            return values | self.model.sites.split(self.guide.distribution().mean)
-        if hasattr(self.guide, "median"):
+            return values | self.model.sites.split(self.guide.distribution().mean.detach())
+        try:
             return self.guide.median()
+        except (NotImplementedError, AttributeError):  # a flow, or a guide of the user's own, has none
+            pass
         return {name: draws.mean(0) for name, draws in self.sample(256, seed=0).items()}
 
     @local_parameters

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pyro
 import torch
+from pyro.infer.autoguide import AutoGuide
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -38,7 +39,7 @@ def save(posterior: Posterior, folder) -> None:
     tensors = {f"guide.{k}": v for k, v in posterior.guide.state_dict().items()}
     tensors |= {f"adapter.{k}": v for k, v in model.adapted.tensors().items()}
     tensors |= {f"head.{k}": v for k, v in (head or model.head_start).items()}
-    names, tensors["base"] = _base_probe(model)
+    names, tensors["base"] = _base_probe(model.network, set(model.head_start))
     card = {
         "format": _FORMAT,
         "pyro_lrblora": version("pyro_lrblora"),
@@ -77,27 +78,28 @@ def load(folder, network: nn.Module, *, tokenizer=None, prior=None, likelihood=N
         ValueError: the files are missing, corrupt or not a posterior, or belong to another base.
     """
     card, tensors = _read(Path(folder))
-    try:
-        model = BayesianLoRA(
-            network,
-            _restore(card["adapter"], adapters, None, "adapter"),
-            _restore(card["prior"], priors, prior, "prior"),
-            _restore(card["likelihood"], likelihoods, likelihood, "likelihood"),
-            head_modules=card["head_modules"],
-            head_scale=card["head_scale"],
-            tokenizer=tokenizer,
-            size=card["size"],
-        )
-        spec = _restore(card["guide"], guides, guide, "guide")
-    except KeyError as error:
-        raise ValueError(f"expected a posterior in {folder}, got a file without {error}") from error
-    _check_base(model, card, tensors["base"])
     part = lambda prefix: {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
-    shapes = {name: tuple(shape) for name, shape in card["modules"].items()}
-    model._class_names = card["class_names"]
+    try:
+        specs = {
+            "adapter": _restore(card["adapter"], adapters, None, "adapter"),
+            "prior": _restore(card["prior"], priors, prior, "prior"),
+            "likelihood": _restore(card["likelihood"], likelihoods, likelihood, "likelihood"),
+        }
+        spec = _restore(card["guide"], guides, guide, "guide")
+        shapes = {name: tuple(shape) for name, shape in card["modules"].items()}
+        options = {name: card[name] for name in ("head_modules", "head_scale", "size")}
+        class_names, history, settings = card["class_names"], card["history"], card["settings"]
+        names, head = card["base"], card["head"]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"expected a posterior in {folder}, got one with a missing or strange entry: {error!r}") from error
+    _check_base(network, set(part("head.")), names, tensors["base"])
+    model = BayesianLoRA(network, **specs, **options, tokenizer=tokenizer)
+    model._class_names = class_names
     model._adapted = model.adapter.restore(part("adapter."), shapes)
-    head = part("head.")
-    model._set_head(FixedHead(head) if card["head"] == "fixed" else card["head"], head)
+    # In the network's order, which is the order draws are made in; the file's is alphabetical.
+    saved = part("head.")
+    values = {name: saved[name] for name in model.head_start}
+    model._set_head(FixedHead(values) if head == "fixed" else head, values)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         fitted = build_guide(spec, model)
@@ -105,7 +107,7 @@ def load(folder, network: nn.Module, *, tokenizer=None, prior=None, likelihood=N
         fitted.load_state_dict(part("guide."))
     except RuntimeError as error:
         raise ValueError(f"expected the parameters of {spec!r} in {folder}, got others: {error}") from error
-    return Posterior(model, fitted.to(model.device), spec, card["history"], card["settings"])
+    return Posterior(model, fitted.to(model.device), spec, history, settings)
 
 
 def _read(folder: Path) -> tuple[dict, dict[str, Tensor]]:
@@ -113,7 +115,8 @@ def _read(folder: Path) -> tuple[dict, dict[str, Tensor]]:
         card = json.loads((folder / "posterior.json").read_text())
         tensors = load_file(folder / "posterior.safetensors")
     except FileNotFoundError as error:
-        raise ValueError(f"expected posterior.json and posterior.safetensors in {folder}, missing {error.filename}") from None
+        missing = error.filename or "posterior.safetensors"
+        raise ValueError(f"expected posterior.json and posterior.safetensors in {folder}, missing {missing}") from None
     except (ValueError, SafetensorError) as error:
         raise ValueError(f"expected a posterior in {folder}, got a file that cannot be read: {error}") from error
     if not isinstance(card, dict) or card.get("format") != _FORMAT:
@@ -123,9 +126,9 @@ def _read(folder: Path) -> tuple[dict, dict[str, Tensor]]:
     return card, tensors
 
 
-def _base_probe(model: BayesianLoRA) -> tuple[list[str], Tensor]:
+def _base_probe(network: nn.Module, head: set[str]) -> tuple[list[str], Tensor]:
     """A few values of every parameter outside the head: (names, (P, 16))."""
-    named = {n: p for n, p in model.network.named_parameters() if n not in model.head_start}
+    named = {name: p for name, p in network.named_parameters() if name not in head}
     rows = []
     for parameter in named.values():
         flat = parameter.detach().flatten()
@@ -134,20 +137,20 @@ def _base_probe(model: BayesianLoRA) -> tuple[list[str], Tensor]:
     return list(named), torch.stack(rows)
 
 
-def _check_base(model: BayesianLoRA, card: dict, saved: Tensor) -> None:
-    names, here = _base_probe(model)
-    if names != card["base"]:
-        different = sorted(set(names) ^ set(card["base"]))[:3]
+def _check_base(network: nn.Module, head: set[str], names: list[str], saved: Tensor) -> None:
+    found, here = _base_probe(network, head)
+    if found != names:
+        different = sorted(set(found) ^ set(names))[:3]
         raise ValueError(
-            f"expected the base this posterior was fitted on ({card['network']}), got "
-            f"{type(model.network).__name__} with other parameters, such as {different}"
+            f"expected the base this posterior was fitted on, got a {type(network).__name__} with other parameters, such "
+            f"as {different}"
         )
     # Looser than bit for bit, so that the same base in bf16 is the same base.
     wrong = [n for n, a, b in zip(names, here, saved, strict=True) if (a - b).norm() > 0.02 * b.norm() + 1e-6]
     if wrong:
         raise ValueError(
-            f"expected the base this posterior was fitted on ({card['network']}), got other weights in {len(wrong)} of "
-            f"{len(names)} parameters, such as {wrong[0]!r}"
+            f"expected the base this posterior was fitted on, got other weights in {len(wrong)} of {len(names)} "
+            f"parameters, such as {wrong[0]!r}"
         )
 
 
@@ -157,7 +160,7 @@ def _describe(spec) -> dict:
         fields = {f.name: getattr(spec, f.name) for f in dataclasses.fields(spec)}
         nested = lambda value: _describe(value) if dataclasses.is_dataclass(value) else value
         return {"type": type(spec).__name__, "fields": {k: nested(v) for k, v in fields.items()}}
-    if isinstance(spec, type) and getattr(pyro.infer.autoguide, spec.__name__, None) is spec:
+    if isinstance(spec, type) and issubclass(spec, AutoGuide) and _autoguide(spec.__name__) is spec:
         return {"autoguide": spec.__name__}
     return {"own": repr(spec)}
 
@@ -168,11 +171,18 @@ def _restore(card: dict, namespace, given, role: str):
     if "own" in card:
         raise ValueError(f"expected {role}= because this posterior was fitted with your own {card['own']}")
     if "autoguide" in card:
-        return getattr(pyro.infer.autoguide, card["autoguide"])
+        return _autoguide(card["autoguide"])
     if card["type"] not in namespace.__all__:
-        raise ValueError(f"expected a {role} of pyro_lrblora.{namespace.__name__}, got {card['type']!r}")
+        raise ValueError(f"expected a {role} of {namespace.__name__}, got {card['type']!r}")
     nested = lambda value: _restore(value, projections, None, role) if isinstance(value, dict) else value
     return getattr(namespace, card["type"])(**{k: nested(v) for k, v in card["fields"].items()})
+
+
+def _autoguide(name: str) -> type[AutoGuide]:
+    found = getattr(pyro.infer.autoguide, name, None)
+    if not (isinstance(found, type) and issubclass(found, AutoGuide)):
+        raise KeyError(f"no autoguide {name!r} in Pyro")
+    return found
 
 
 def _plain(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -9,13 +9,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+from pyro import poutine
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm.auto import tqdm
 
-from ..data import as_batches, batch_rows
+from ..data import as_batches, naming_the_batch
 from ..fisher import fisher
 from ..guides import Curvature, Delta, LatentGuide, LowRankPrecision
-from ..guides.delta import DeltaGuide
 from ..guides.stock import build_guide
 from ..metrics import nll
 from ..model import BayesianLoRA
@@ -64,7 +64,6 @@ def svi(
     schedule: str = "cosine",
     warmup: float = 0.06,
     clip: float | None = 10.0,
-    weight_decay: float = 0.01,
     init: Posterior | None = None,
     map_epochs: int = 0,
     warm_start: bool = True,
@@ -92,10 +91,9 @@ def svi(
         guide: a spec of pyro_lrblora.guides, a stock Pyro autoguide class, or a callable from a model to a guide.
         epochs: passes over train; `steps`, where given, counts optimiser steps instead.
         batch_size: rows per batch, for a datasets.Dataset.
-        rates: learning rates.
+        rates: learning rates. A point head is trained to its posterior mode under the model's head_scale.
         schedule: "cosine", "linear" or "constant", after a linear warm-up over the share `warmup` of all steps.
         clip: greatest norm of the gradient of -ELBO / N; None for no clipping.
-        weight_decay: on a point head, which has no prior (AdamW).
         init: start at the mean and head of this posterior, in its subspace.
         map_epochs: fit a Delta for so many epochs first and start there.
         warm_start: set the scales from the Fisher matrix at the start (pyro#2113 asks for such staging).
@@ -152,19 +150,19 @@ def svi(
         closed = kl != "mc" and has_closed_form(model, fitted)
         if kl == "closed" and not closed:
             raise ValueError(f"expected a guide and prior with a closed-form KL, got {guide!r} and {model.prior!r}")
+        _check_sites(model, fitted)
         per_row = _per_row(draws, fitted, model.sites.size * batch_size)
         program, proposal = (model.rowwise, fitted.rowwise) if per_row else (model, fitted)
         elbo = PartedELBO(closed, model.sites.shapes)
         settings = {
             "method": "svi", "epochs": epochs, "steps": steps, "batch_size": batch_size, "rates": vars(rates),
-            "schedule": schedule, "warmup": warmup, "clip": clip, "weight_decay": weight_decay,
-            "map_epochs": map_epochs, "warm_start": warm_start, "kl": "closed" if closed else "mc",
+            "schedule": schedule, "warmup": warmup, "clip": clip, "map_epochs": map_epochs, "warm_start": warm_start, "kl": "closed" if closed else "mc",
             "draws": "row" if per_row else "shared", "accumulate": accumulate, "patience": patience,
             "seed": seed, "precision": precision,
         }  # fmt: skip
         posterior = Posterior(model, fitted, guide, [], settings)
         total = steps or epochs * math.ceil(len(train) / accumulate)
-        optimiser = _optimiser(fitted, model.point_head, rates, weight_decay)
+        optimiser = _optimiser(fitted, model.point_head, rates)
         scheduler = LambdaLR(optimiser, multiplier(schedule, warmup, total))
         watch, best = ScaleWatch(), BestState(posterior)
         watch.record(fitted, 0.0)
@@ -175,13 +173,11 @@ def svi(
         while step < total and not stop:
             epoch, bounds, begun, pace = epoch + 1, [], time.perf_counter(), 0.0
             for position, batch in enumerate(train):
-                with model.attached(precision):
-                    loss = elbo.differentiable_loss(program, proposal, batch) / model.size
+                with model.attached(precision), naming_the_batch(position, epoch):
+                    loss = elbo.differentiable_loss(program, proposal, batch)
+                    loss = (loss + model.head_penalty(model.head_values())) / model.size
                     if not loss.isfinite():
-                        raise FloatingPointError(
-                            f"expected a finite loss, got {float(loss)} in batch {position} of epoch {epoch} "
-                            f"({batch_rows(batch)} rows); lower the rates, or look at those rows"
-                        )
+                        raise FloatingPointError(f"expected a finite loss, got {loss.item()}")
                     (loss / accumulate).backward()
                 bounds.append(elbo.bound)
                 if (position + 1) % accumulate and position + 1 < len(train):
@@ -203,11 +199,12 @@ def svi(
                 "seconds": time.perf_counter() - begun,
             }  # fmt: skip
             if validation is not None:
-                at = "mean" if isinstance(fitted, DeltaGuide) else None
-                row["validation_nll"] = _validation_nll(posterior, validation, validation_draws, at, precision)
+                row["validation_nll"] = _validation_nll(posterior, validation, validation_draws, precision)
                 stop = best.update(row["validation_nll"], patience)
             posterior.history.append(row)
-            bar.set_postfix(epoch=epoch, elbo=f"{row['elbo']:.3f}", kl=f"{row['kl']:.1f}")
+            # A point has no bound: what is maximised is the log joint.
+            names = ("log joint/row", "-log prior") if posterior.is_point else ("ELBO/row", "KL")
+            bar.set_postfix({"epoch": epoch, names[0]: f"{row['elbo']:.3f}", names[1]: f"{row['kl']:.1f}"})
             stop = any([callback(row, posterior) for callback in callbacks]) or stop
         bar.close()
     if patience is not None:
@@ -252,15 +249,22 @@ def _start(model, spec, train, init, warm_start: bool, rows: int | None) -> torc
     return guide
 
 
-def _optimiser(guide, head, rates: Rates, weight_decay: float) -> torch.optim.Optimizer:
+def _check_sites(model, guide) -> None:
+    wanted = set(poutine.trace(model.sample_prior).get_trace().stochastic_nodes)
+    missing = sorted(wanted - set(poutine.trace(guide).get_trace().stochastic_nodes))
+    if missing:
+        raise ValueError(f"expected the guide to sample every site of the prior, {type(guide).__name__} lacks {missing}")
+
+
+def _optimiser(guide, head, rates: Rates) -> torch.optim.Optimizer:
     groups: dict[str, list] = {"loc": [], "scale": [], "factor": []}
     for name, parameter in guide.named_parameters():
         kind = name.removeprefix("extra.").split(".")[0]
         groups["factor" if "factor" in kind else "scale" if "scale" in kind else "loc"].append(parameter)
-    options = [{"params": p, "lr": getattr(rates, kind), "weight_decay": 0.0} for kind, p in groups.items() if p]
+    options = [{"params": p, "lr": getattr(rates, kind)} for kind, p in groups.items() if p]
     if head is not None:
-        options.append({"params": list(head.parameters()), "lr": rates.head, "weight_decay": weight_decay})
-    return torch.optim.AdamW(options, lr=options[0]["lr"])
+        options.append({"params": list(head.parameters()), "lr": rates.head})
+    return torch.optim.Adam(options, lr=options[0]["lr"])
 
 
 def _parameters(optimiser) -> list[torch.nn.Parameter]:
@@ -277,8 +281,8 @@ def _per_row(draws: str, guide, entries: int) -> bool:
     return declared and (draws == "row" or (draws == "auto" and entries <= _ROWWISE_ENTRIES))
 
 
-def _validation_nll(posterior, batches, draws: int, at: str | None, precision: str) -> float:
-    prediction = predict(posterior, batches, draws=draws, at=at, precision=precision)
+def _validation_nll(posterior: Posterior, batches, draws: int, precision: str) -> float:
+    prediction = predict(posterior, batches, draws=1 if posterior.is_point else draws, precision=precision)
     return nll(prediction.probs, prediction.labels)
 
 

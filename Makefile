@@ -1,0 +1,34 @@
+# Everything runs in an environment of its own, made at first use from pinned versions.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
+export HF_HUB_OFFLINE := 1
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: test demo bench lint clean
+
+test: $(VENV)/.test
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+
+demo: $(VENV)/.demo
+	$(BIN)/python models/quickstart.py
+
+bench: $(VENV)/.test
+	$(BIN)/python tests/benchmarks/step_and_prediction.py
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check .
+
+$(VENV)/.demo: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit("expected Python 3.11 to 3.13, got %d.%d; write make PYTHON=python3.11" % sys.version_info[:2] if not (3, 11) <= sys.version_info[:2] < (3, 14) else 0)'
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) -e '.[demo]'
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.demo
+	$(PIP) -e '.[demo,test]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) out build dist *.egg-info

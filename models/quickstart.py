@@ -1,0 +1,93 @@
+"""Five fits of one base on the same short reviews: two points and three posteriors, compared, in a few minutes.
+
+The text is generated, so the true probability of every label is known and calibration is scored against the truth too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+import pyro_lrblora as lb
+from pyro_lrblora.networks import builtin_base
+from pyro_lrblora.reviews import reviews
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("out"))
+    parser.add_argument("--rows", type=int, default=400, help="training rows")
+    parser.add_argument("--epochs", type=int, default=6)
+    parser.add_argument("--draws", type=int, default=10)
+    parser.add_argument("--prior-scale", type=float, default=0.3)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+
+    begun = time.perf_counter()
+    train, validation, test = (reviews(n, seed=10 * args.seed + k) for k, n in enumerate((args.rows, 200, 500), 1))
+    network, tokenizer = builtin_base(num_labels=2)
+    where = {"targets": "all-linear", "layers": (4, 5)}  # every linear layer of the upper third
+    lora = lb.BayesianLoRA(network, lb.LoRA(8, **where), lb.priors.Normal(1.0), tokenizer=tokenizer)
+    xs = lb.BayesianLoRA(
+        network,
+        adapter=lb.LoRAXS(8, projection=lb.projections.Gradient(), **where),
+        prior=lb.priors.Normal(args.prior_scale),
+        tokenizer=tokenizer,
+    ).prepare(train)  # once: every fit below shares this subspace
+    print(f"MiniLM, {len(xs.modules)} adapted layers, {xs.sites.size} latents; {args.rows} reviews, such as:")
+    for row in train.select(range(3)):
+        print(f"  {row['text']!r} label={row['label']} p_true={row['p_true']:.2f}")
+
+    fits = {
+        "LoRA": (lora, lb.guides.Delta(), lb.Rates(loc=1e-3)),
+        "LoRA-XS": (xs, lb.guides.Delta(), lb.Rates()),
+        "Diagonal": (xs, lb.guides.Diagonal(), lb.Rates()),
+        "LowRank": (xs, lb.guides.LowRank(rank=8), lb.Rates()),
+        "LowRankPrecision": (xs, lb.guides.LowRankPrecision(rank=8), lb.Rates()),
+    }
+    posteriors = {
+        name: lb.fit(model, train, guide=guide, epochs=args.epochs, rates=rates, seed=args.seed)
+        for name, (model, guide, rates) in fits.items()
+    }
+
+    table = lb.compare(posteriors, test, validation=validation, draws=args.draws)
+    predictions = {
+        name: lb.predict(posterior, test, draws=1 if posterior.is_point else args.draws)
+        for name, posterior in posteriors.items()
+    }
+    truth = np.array(test["p_true"])
+    distance = {name: np.abs(p.probs[:, 1].numpy() - truth).mean() for name, p in predictions.items()}
+    table.insert(4, "|p - p_true|", pd.Series(distance))
+    show(table)
+
+    args.out.mkdir(parents=True, exist_ok=True)
+    best = posteriors["LowRankPrecision"]
+    best.save(args.out / "posterior")
+    best.to_arviz(test.select(range(100)), draws=50).to_netcdf(args.out / "draws.nc")
+    lb.plots.reliability_diagram(predictions).savefig(args.out / "reliability.png", dpi=150)
+    table.to_csv(args.out / "table.csv")
+    print(f"\n{time.perf_counter() - begun:.0f} s. Wrote {args.out}/: posterior/, draws.nc (ArviZ), reliability.png, table.csv")
+
+
+def show(table: pd.DataFrame) -> None:
+    """Print the table in three blocks narrow enough for a terminal."""
+    point, posterior = table.loc["LoRA-XS"], table.loc["LowRankPrecision"]
+    costs = ["parameters", "head", "of LoRA r=8", "s/step"]
+    scaled = [name for name in table if name.endswith("at T") or name == "temperature"]
+    print("\nOn test rows:")
+    print(table.drop(columns=costs + scaled).to_string(float_format="{:.3f}".format, na_rep=""))
+    print("\nAfter temperature scaling on validation rows:")
+    print(table[scaled].to_string(float_format="{:.3f}".format))
+    print("\nCosts (parameters of the posterior; the head comes on top):")
+    print(table.loc[[name for name in table.index if "mean" not in name], costs].to_string(float_format="{:.3f}".format))
+    for name in ("NLL", "ECE (15 bins)", "Brier"):
+        word = "lower" if posterior[name] < point[name] else "NOT lower"
+        print(f"{name}: {posterior[name]:.3f} with the low-rank-precision posterior, {point[name]:.3f} at the point: {word}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,93 @@
+"""Fit a Bayesian LoRA posterior to any text classification data with any base, and score it.
+
+    python models/sequence_classification.py --base roberta-base --data glue/sst2 --guide LowRank --prior Horseshoe
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import datasets
+from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, AutoTokenizer
+
+import pyro_lrblora as lb
+from pyro_lrblora.networks import MeanPoolClassifier, builtin_base
+
+
+def load_splits(source: str, rows: int, validation: int, test: int, seed: int):
+    """Train, validation and test rows of a folder of parquet files or a hub data set; the test rows are never trained on."""
+    if Path(source).is_dir():
+        files = {path.stem: str(path) for path in sorted(Path(source).glob("*.parquet"))}
+        splits = {name: datasets.load_dataset("parquet", data_files=path, split="train") for name, path in files.items()}
+    else:
+        path, _, name = source.partition(":")
+        splits = datasets.load_dataset(path, name or None)
+    by_prefix = lambda *words: next((splits[n] for w in words for n in splits if n.startswith(w)), None)
+    everything = (by_prefix("train") or next(iter(splits.values()))).shuffle(seed=seed)
+    held = by_prefix("test", "validation")
+    if held is None or not all(label >= 0 for label in held["label"][:50]):
+        held = by_prefix("validation") or everything.select(range(len(everything) - test, len(everything)))
+    pick = lambda start, count: everything.select(range(start, min(start + count, len(everything))))
+    return pick(0, rows), pick(rows, validation), held.select(range(min(test, len(held))))
+
+
+def load_base(name: str, classes: int, mean_pool: bool, dtype: str):
+    """A classifier on a pretrained base, and its tokenizer."""
+    if name == "builtin":
+        return builtin_base(classes)
+    tokenizer = AutoTokenizer.from_pretrained(name)
+    if mean_pool:
+        return MeanPoolClassifier(AutoModel.from_pretrained(name, dtype=dtype), classes), tokenizer
+    config = AutoConfig.from_pretrained(name, num_labels=classes)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if config.pad_token_id is None:
+        config.pad_token_id = tokenizer.pad_token_id
+    return AutoModelForSequenceClassification.from_pretrained(name, config=config, dtype=dtype), tokenizer
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base", default="builtin", help="hub id or folder; 'builtin' is MiniLM")
+    parser.add_argument("--mean-pool", action="store_true", help="mean pooling, for sentence encoders")
+    parser.add_argument("--data", required=True, help="folder of parquet files, or hub name (name:config)")
+    parser.add_argument("--prior", default="Normal", choices=lb.priors.__all__)
+    parser.add_argument("--prior-scale", type=float, default=0.3)
+    parser.add_argument("--guide", default="LowRankPrecision", choices=["Delta", "Diagonal", "LowRank", "LowRankPrecision"])
+    parser.add_argument("--guide-rank", type=int, default=8)
+    parser.add_argument("--adapter", default="LoRAXS", choices=["LoRAXS", "LoRA"])
+    parser.add_argument("--projection", default="Gradient", choices=["SVD", "Gradient", "Random"])
+    parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument("--targets", default="all-linear")
+    parser.add_argument("--layers", type=int, nargs="*")
+    parser.add_argument("--head", default="point", choices=["point", "bayesian", "frozen"])
+    parser.add_argument("--rows", type=int, default=1000)
+    parser.add_argument("--test-rows", type=int, default=1000)
+    parser.add_argument("--epochs", type=int, default=5)
+    parser.add_argument("--draws", type=int, default=10)
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+
+    train, validation, test = load_splits(args.data, args.rows, 300, args.test_rows, args.seed)
+    network, tokenizer = load_base(args.base, max(train["label"]) + 1, args.mean_pool, args.dtype)
+    where = {"rank": args.rank, "targets": args.targets, "layers": args.layers}
+    if args.adapter == "LoRAXS":
+        where["projection"] = getattr(lb.projections, args.projection)()
+    prior = getattr(lb.priors, args.prior)(args.prior_scale)
+    model = lb.BayesianLoRA(network, getattr(lb, args.adapter)(**where), prior, head=args.head, tokenizer=tokenizer)
+    guide = getattr(lb.guides, args.guide)(**({"rank": args.guide_rank} if "Low" in args.guide else {}))
+    posterior = lb.fit(
+        model, train, validation=validation, guide=guide, epochs=args.epochs, device=args.device, seed=args.seed
+    )
+    table = lb.compare({args.guide: posterior}, test, validation=validation, draws=args.draws)
+    print(posterior, table.T.to_string(float_format="{:.4f}".format), sep="\n")
+    if args.out:
+        posterior.save(args.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,164 @@
+"""Tiny networks, exact targets, and the real data and weights where a machine has them."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import datasets
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import nn
+
+import pyro_lrblora as lb
+
+datasets.disable_progress_bars()
+transformers.logging.set_verbosity_error()
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+@pytest.fixture(autouse=True)
+def _seeded_and_store_untouched():
+    """Every test starts from one seed; what it leaves in Pyro's param store goes."""
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    yield
+    pyro.clear_param_store()
+
+
+@pytest.fixture
+def shared():
+    """The folder of real data and weights."""
+    if not (SHARED / "data").exists():
+        pytest.skip("no folder shared/ with real data and weights beside the repository")
+    return SHARED
+
+
+def tiny_bert(classes: int = 3, seed: int = 1) -> nn.Module:
+    torch.manual_seed(seed)
+    config = transformers.BertConfig(
+        vocab_size=60,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=24,
+        max_position_embeddings=32,
+        num_labels=classes,
+        initializer_range=0.3,
+    )
+    return transformers.BertForSequenceClassification(config).eval()
+
+
+@pytest.fixture
+def bert():
+    return tiny_bert()
+
+
+WORDS = ["good", "bad", "film", "the", "was", "plot", "very", "not", "great", "dull"]
+
+
+def tiny_tokenizer(pad: bool = True):
+    vocabulary = {word: i for i, word in enumerate(["[PAD]", "[UNK]", *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="[PAD]" if pad else None, unk_token="[UNK]", model_max_length=16
+    )
+
+
+def tiny_reviews(rows: int = 40, classes: int = 3, seed: int = 0) -> datasets.Dataset:
+    generator = torch.Generator().manual_seed(seed)
+    pick = lambda high, size: torch.randint(high, (size,), generator=generator).tolist()
+    texts = [" ".join(WORDS[i] for i in pick(len(WORDS), 2 + n)) for n in pick(6, rows)]
+    return datasets.Dataset.from_dict({"text": texts, "label": pick(classes, rows)})
+
+
+def token_batches(rows: int = 40, batch_size: int = 8, classes: int = 3, seed: int = 0) -> list[dict]:
+    generator = torch.Generator().manual_seed(seed)
+    batches = []
+    for start in range(0, rows, batch_size):
+        size = min(batch_size, rows - start)
+        batches.append(
+            {
+                "input_ids": torch.randint(1, 60, (size, 7), generator=generator),
+                "attention_mask": torch.ones(size, 7, dtype=torch.long),
+                "labels": torch.randint(classes, (size,), generator=generator),
+            }
+        )
+    return batches
+
+
+class LinearNetwork(nn.Module):
+    """y = W x: linear in R, so that the posterior under Gaussian noise is known exactly."""
+
+    def __init__(self, outputs: int = 6, inputs: int = 7):
+        super().__init__()
+        self.layer = nn.Linear(inputs, outputs, bias=False)
+
+    def forward(self, x):
+        return self.layer(x)
+
+
+class GaussianNoise:
+    """A user's own likelihood: labels (B, m) around the outputs with known noise."""
+
+    def __init__(self, sd: torch.Tensor):  # (m,)
+        self.sd = sd
+
+    def __call__(self, outputs, batch):
+        return pyro.sample("labels", dist.Normal(outputs, self.sd).to_event(1), obs=batch.get("labels"))
+
+
+class LinearGaussian:
+    """A linear-Gaussian problem and its exact posterior over the D = r^2 latents, in float64."""
+
+    def __init__(self, rank: int = 4, rows: int = 24, prior_scale: float = 0.7, seed: int = 0):
+        torch.manual_seed(seed)
+        network = LinearNetwork().requires_grad_(False)
+        # Strongly correlated inputs make a correlated posterior.
+        mixing = torch.randn(7, 7) * torch.logspace(0.2, -0.6, 7)
+        x = torch.randn(rows, 7) @ mixing
+        noise = torch.logspace(-0.6, 0.4, 6)  # a different one for each output, or eigenvalues would come in fours
+        self.model = lb.BayesianLoRA(
+            network,
+            lb.LoRAXS(rank, lb.projections.Random(), targets=["layer"]),
+            lb.priors.Normal(prior_scale),
+            GaussianNoise(noise),
+            size=rows,
+        )
+        (basis,) = self.model.adapted.bases.values()
+        jacobian = torch.einsum("mr,sn,bn->bmrs", basis.B, basis.A, x).reshape(rows * 6, rank**2).double()
+        truth = prior_scale * torch.randn(rank**2).double()
+        clean = network(x).detach().reshape(-1).double() + jacobian @ truth
+        sd = noise.repeat(rows).double()
+        y = (clean + sd * torch.randn(rows * 6)).float()
+        self.batch = {"x": x, "labels": y.reshape(rows, 6)}
+        self.size, self.rows = rank**2, rows
+        residual = y.double() - network(x).detach().reshape(-1).double()
+        weighted = jacobian / sd[:, None] ** 2
+        self.fisher = jacobian.T @ weighted
+        self.precision = self.fisher + torch.eye(self.size).double() / prior_scale**2
+        self.mean = torch.linalg.solve(self.precision, weighted.T @ residual)
+        marginal = jacobian @ jacobian.T * prior_scale**2 + torch.diag(sd**2)
+        self.log_evidence = float(
+            torch.distributions.MultivariateNormal(torch.zeros_like(residual), marginal).log_prob(residual)
+        )
+
+    def reverse_kl(self, mean, covariance) -> float:
+        """KL(Normal(mean, covariance) || exact posterior) in nats."""
+        q = torch.distributions.MultivariateNormal(mean.double(), covariance.double())
+        p = torch.distributions.MultivariateNormal(self.mean, precision_matrix=self.precision)
+        return float(torch.distributions.kl_divergence(q, p))
+
+    def batches(self, size: int) -> list[dict]:
+        return [
+            {name: value[start : start + size] for name, value in self.batch.items()}
+            for start in range(0, self.rows, size)
+        ]

@@ -1,0 +1,72 @@
+"""Posteriors as ArviZ data, on whichever line of ArviZ is installed."""
+
+import arviz as az
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_bert, token_batches
+
+import pyro_lrblora as lb
+
+pytestmark = pytest.mark.filterwarnings("ignore::pyro_lrblora.ScalesNotConverged")
+
+
+def fit(adapter, prior=None, guide=None, **options):
+    model = lb.BayesianLoRA(tiny_bert(), adapter, prior or lb.priors.Normal(0.1), **options)
+    return lb.fit(model, token_batches(), guide=guide or lb.guides.LowRank(2), epochs=1, progress=False)
+
+
+def groups(data):
+    return {group.strip("/") for group in (data.groups if isinstance(data.groups, tuple) else data.groups())} - {""}
+
+
+def test_groups_dims_and_values():
+    posterior = fit(lb.LoRAXS(2), lb.priors.LayerScale(0.1))
+    data = posterior.to_arviz(token_batches(), draws=7)
+    assert groups(data) == {
+        "posterior", "prior", "sample_stats", "posterior_predictive", "log_likelihood", "observed_data"
+    }  # fmt: skip
+    r = data["posterior"]["R"]
+    assert r.dims == ("chain", "draw", "module", "row", "col")
+    assert r.shape == (1, 7, 8, 2, 2)
+    assert r.coords["module"].values.tolist() == list(posterior.model.modules)
+    assert data["posterior"]["R_scale"].dims == ("chain", "draw", "module")
+    draws = posterior.sample(7, seed=0)
+    np.testing.assert_array_equal(r.values[0], draws["R"].numpy())
+    np.testing.assert_allclose(data["sample_stats"]["log_q"].values[0], posterior.log_prob(draws).numpy(), rtol=1e-5)
+    prediction = lb.predict(posterior, token_batches(), draws=7)
+    expected = -torch.nn.functional.cross_entropy(
+        prediction.logits.flatten(0, 1), prediction.labels.repeat(7), reduction="none"
+    ).reshape(7, 40)
+    np.testing.assert_allclose(data["log_likelihood"]["labels"].values[0], expected.numpy(), rtol=1e-4, atol=1e-6)
+    np.testing.assert_array_equal(data["observed_data"]["labels"].values, prediction.labels.numpy())
+    assert set(np.unique(data["posterior_predictive"]["labels"].values)) <= {0, 1, 2}
+
+
+def test_without_data_and_without_labels():
+    posterior = fit(lb.LoRAXS(2))
+    assert groups(posterior.to_arviz(draws=3)) == {"posterior", "prior", "sample_stats"}
+    unlabelled = [{k: v for k, v in batch.items() if k != "labels"} for batch in token_batches()]
+    assert groups(posterior.to_arviz(unlabelled, draws=3)) == {
+        "posterior", "prior", "sample_stats", "posterior_predictive"
+    }  # fmt: skip
+
+
+def test_several_sites_and_a_bayesian_head():
+    data = fit(lb.LoRA(2, "all-linear"), head="bayesian").to_arviz(draws=3)
+    assert data["posterior"]["B_24"].dims == ("chain", "draw", "module_B_24", "row_B_24", "col_B_24")
+    assert data["posterior"]["classifier.weight"].shape == (1, 3, 3, 16)
+
+
+def test_a_guide_without_density_has_no_sample_stats():
+    import pyro
+
+    assert groups(fit(lb.LoRAXS(2), guide=pyro.infer.autoguide.AutoDelta).to_arviz(draws=2)) == {"posterior", "prior"}
+
+
+def test_arviz_reads_it(tmp_path):
+    data = fit(lb.LoRAXS(2)).to_arviz(token_batches(), draws=50)
+    loo = az.loo(data)
+    assert np.isfinite(float(loo.elpd_loo if hasattr(loo, "elpd_loo") else loo.elpd))
+    data.to_netcdf(tmp_path / "draws.nc")
+    assert (tmp_path / "draws.nc").stat().st_size > 0

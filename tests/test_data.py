@@ -1,0 +1,163 @@
+"""From data sets and batches to what a model takes, and the built-in reviews."""
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_bert, tiny_reviews, tiny_tokenizer, token_batches
+
+import pyro_lrblora as lb
+from pyro_lrblora.data import as_batches
+from pyro_lrblora.reviews import reviews
+
+
+def test_batches_hold_every_row_once_padded_to_the_longest():
+    data, tokenizer = tiny_reviews(23), tiny_tokenizer()
+    for options in ({}, {"shuffle": 3}, {"by_length": True}):
+        batches = lb.Batches(data, tokenizer, batch_size=5, **options)
+        assert len(batches) == 5
+        seen = list(batches)
+        assert [len(batch["labels"]) for batch in seen] == [5, 5, 5, 5, 3]
+        texts = [
+            tokenizer.decode([i for i in row.tolist() if i]) for batch in seen for row in batch["input_ids"]
+        ]
+        assert sorted(texts) == sorted(data["text"])
+        for batch in seen:
+            assert batch["input_ids"].shape[1] == int(batch["attention_mask"].sum(1).max())
+
+
+def test_shuffling_is_seeded_and_new_every_epoch():
+    order = lambda batches: [row for batch in batches for row in batch["labels"].tolist()]
+    first, again = (lb.Batches(tiny_reviews(), tiny_tokenizer(), shuffle=1) for _ in range(2))
+    epochs = [order(first), order(first)]
+    assert epochs == [order(again), order(again)]
+    assert epochs[0] != epochs[1]
+
+
+def test_sorting_by_length_saves_padding_and_tells_the_order():
+    batches = lb.Batches(tiny_reviews(), tiny_tokenizer(), batch_size=8, by_length=True)
+    tokens = lambda b: sum(batch["input_ids"].numel() for batch in b)
+    assert tokens(batches) < tokens(lb.Batches(tiny_reviews(), tiny_tokenizer(), batch_size=8))
+    labels = torch.cat([batch["labels"] for batch in batches])
+    assert torch.equal(labels, batches.labels[torch.as_tensor(batches.order)])
+
+
+@pytest.mark.parametrize("names", [("premise", "hypothesis"), ("sentence1", "sentence2"), ("text",), ("review",)])
+def test_text_columns_are_found(names):
+    texts = tiny_reviews(6)["text"]
+    data = datasets.Dataset.from_dict({"id": list(range(6))} | {name: texts for name in names} | {"label": [0, 1] * 3})
+    (batch,) = lb.Batches(data, tiny_tokenizer())
+    longest = max(len(text.split()) for text in texts)
+    assert batch["input_ids"].shape == (6, min(16, longest * len(names)))
+
+
+def test_columns_can_be_named():
+    data = tiny_reviews(6).rename_columns({"text": "body", "label": "stars"}).add_column("other", ["bad"] * 6)
+    batches = lb.Batches(data, tiny_tokenizer(), text="body", label="stars")
+    assert batches.labels.tolist() == data["stars"]
+    with pytest.raises(KeyError, match="expected one of the text columns.*columns.*body"):
+        lb.Batches(data, tiny_tokenizer())
+    with pytest.raises(KeyError, match="text column.*'txt'"):
+        lb.Batches(data, tiny_tokenizer(), text=["body", "txt"])
+    with pytest.raises(KeyError, match="label column 'star'"):
+        lb.Batches(data, tiny_tokenizer(), text="body", label="star")
+
+
+def test_tokenised_data_sets_need_no_text():
+    data, tokenizer = tiny_reviews(9), tiny_tokenizer()
+    tokenised = data.map(lambda row: tokenizer(row["text"]), remove_columns=["text"])
+    for a, b in zip(lb.Batches(tokenised, tokenizer, batch_size=4), lb.Batches(data, tokenizer, batch_size=4), strict=True):
+        assert torch.equal(a["input_ids"], b["input_ids"])
+        assert torch.equal(a["labels"], b["labels"])
+
+
+def test_long_rows_are_cut():
+    data = datasets.Dataset.from_dict({"text": ["good " * 50], "label": [0]})
+    assert next(iter(lb.Batches(data, tiny_tokenizer())))["input_ids"].shape == (1, 16)
+    assert next(iter(lb.Batches(data, tiny_tokenizer(), max_length=5)))["input_ids"].shape == (1, 5)
+
+
+def test_class_names_come_from_the_data():
+    data = reviews(30)
+    batches = lb.Batches(data, tiny_tokenizer())
+    assert batches.class_names == ["negative", "positive"]
+    model = lb.BayesianLoRA(tiny_bert(2), tokenizer=tiny_tokenizer()).prepare(data)
+    assert model.class_names == ["negative", "positive"]
+    given = lb.BayesianLoRA(tiny_bert(2), likelihood=lb.likelihoods.Categorical(class_names=["no", "yes"]))
+    assert given.class_names == ["no", "yes"]
+
+
+BAD = {
+    "empty data set": (lambda: tiny_reviews().select([]), ValueError, "at least one row"),
+    "no batches": (list, ValueError, "at least one batch"),
+    "an iterator": (lambda: iter(token_batches()), TypeError, "more than once"),
+    "a dict": (lambda: datasets.DatasetDict(train=tiny_reviews()), TypeError, "one split"),
+    "one batch": (lambda: token_batches()[0], TypeError, "re-iterable of batch dicts"),
+    "tuples": (lambda: [(1, 2)], TypeError, "batches to be dicts"),
+    "no labels": (lambda: tiny_reviews().remove_columns("label"), ValueError, "'label' or 'labels'"),
+    "no text": (lambda: tiny_reviews().remove_columns("text"), KeyError, "text columns"),
+    "label too large": (lambda: tiny_reviews(classes=5), ValueError, r"labels 0\.\.2 for a network with 3 classes, got \[3, 4\]"),
+    "label -1": (lambda: [b | {"labels": b["labels"] - 1} for b in token_batches()], ValueError, r"got \[-1\]"),
+    "float labels": (lambda: [b | {"labels": b["labels"].float()} for b in token_batches()], ValueError, "integer labels"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_data_is_one_clear_error_before_any_work(case):
+    build, error, message = BAD[case]
+    model = lb.BayesianLoRA(tiny_bert(), tokenizer=tiny_tokenizer())
+    for call in (model.prepare, lambda data: lb.fit(model, data, progress=False)):
+        with pytest.raises(error, match=message):
+            call(build())
+    if "label" not in case:
+        with pytest.raises(error, match=message):
+            as_batches(build(), tiny_tokenizer())
+
+
+def test_tokenizer_is_needed_and_must_pad():
+    model = lb.BayesianLoRA(tiny_bert())
+    with pytest.raises(ValueError, match="expected a tokenizer for"):
+        model.prepare(tiny_reviews())
+    with pytest.raises(ValueError, match="tokenizer.pad_token = tokenizer.eos_token"):
+        model.prepare(tiny_reviews(), tokenizer=tiny_tokenizer(pad=False))
+
+
+def test_bad_validation_data_is_found_before_training():
+    model = lb.BayesianLoRA(tiny_bert(), tokenizer=tiny_tokenizer())
+    with pytest.raises(ValueError, match="labels 0..2"):
+        lb.fit(model, tiny_reviews(), validation=tiny_reviews(classes=5), progress=False)
+    with pytest.raises(ValueError, match="validation data"):
+        lb.fit(model, tiny_reviews(), validation=tiny_reviews().remove_columns("label"), progress=False)
+
+
+# --- the built-in text
+
+
+def test_reviews_are_reproducible_and_differ_by_seed():
+    assert reviews(50, seed=1).to_dict() == reviews(50, seed=1).to_dict()
+    assert reviews(50, seed=1)["text"] != reviews(50, seed=2)["text"]
+    assert reviews(10, seed=1)["text"] == reviews(10, seed=1, domain="films")["text"]
+
+
+def test_reviews_labels_follow_p_true():
+    data = reviews(20_000)
+    p, y = np.array(data["p_true"]), np.array(data["label"])
+    for low in np.arange(0, 1, 0.1):
+        inside = (p >= low) & (p < low + 0.1)
+        if inside.sum() > 100:
+            assert abs(y[inside].mean() - p[inside].mean()) < 4 * 0.5 / inside.sum() ** 0.5
+    assert 0.2 < ((p > 0.3) & (p < 0.7)).mean() < 0.4  # ambiguous ones
+    assert 0.75 < np.maximum(p, 1 - p).mean() < 0.9  # the best accuracy anyone can have
+
+
+def test_the_second_domain_shares_no_remark():
+    films, hotels = (set(" ".join(reviews(300, domain=d)["text"]).split()) for d in ("films", "hotels"))
+    assert not {"plot", "acting", "gripping", "masterpiece"} & hotels
+    assert not {"breakfast", "spotless", "filthy"} & films
+
+
+def test_reviews_bad_arguments():
+    with pytest.raises(ValueError, match="rows >= 1"):
+        reviews(0)
+    with pytest.raises(ValueError, match="'films', 'hotels'"):
+        reviews(5, domain="cars")

@@ -1,0 +1,141 @@
+"""Metrics against scikit-learn and plain counting, and their properties."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.calibration import calibration_curve
+from sklearn.metrics import accuracy_score, brier_score_loss, log_loss
+
+from pyro_lrblora import metrics
+
+
+def predictions(rows, classes, seed, sharpness=2.0):
+    g = np.random.default_rng(seed)
+    logits = sharpness * g.normal(size=(rows, classes))
+    probs = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    return probs, g.integers(classes, size=rows)
+
+
+cases = given(rows=st.integers(1, 60), classes=st.integers(2, 5), seed=st.integers(0, 200))
+
+
+@settings(deadline=None)
+@cases
+def test_scores_equal_scikit_learns(rows, classes, seed):
+    probs, labels = predictions(rows, classes, seed)
+    names = list(range(classes))
+    assert metrics.accuracy(probs, labels) == pytest.approx(accuracy_score(labels, probs.argmax(-1)))
+    assert metrics.nll(probs, labels) == pytest.approx(log_loss(labels, probs, labels=names))
+    if classes == 2:  # scikit-learn's binary Brier score counts one of the two classes
+        assert metrics.brier(probs, labels) == pytest.approx(2 * brier_score_loss(labels, probs[:, 1], labels=names))
+
+
+@settings(deadline=None)
+@given(rows=st.integers(2, 80), seed=st.integers(0, 200), bins=st.integers(1, 20))
+def test_ece_equals_scikit_learns_calibration_curve(rows, seed, bins):
+    probs, labels = predictions(rows, 3, seed)
+    confidence, hits = probs.max(-1), probs.argmax(-1) == labels
+    share, mean = calibration_curve(hits, confidence, n_bins=bins, strategy="uniform")
+    edges = np.linspace(0, 1, bins + 1)
+    weights = np.bincount(np.searchsorted(edges[1:-1], confidence), minlength=bins)
+    expected = np.abs(share - mean) @ weights[weights > 0] / rows
+    assert metrics.ece(probs, labels, bins) == pytest.approx(expected, abs=1e-9)
+
+
+@settings(deadline=None)
+@cases
+def test_ece_in_all_its_forms_by_plain_counting(rows, classes, seed):
+    probs, labels = predictions(rows, classes, seed)
+    confidence, hits = probs.max(-1), (probs.argmax(-1) == labels).astype(float)
+    bins = min(4, rows)
+    groups = [confidence.argsort(kind="stable")[np.arange(rows) * bins // rows == b] for b in range(bins)]
+    mass = sum(abs(confidence[g].mean() - hits[g].mean()) * len(g) for g in groups if len(g)) / rows
+    assert metrics.ece(probs, labels, bins, kind="mass") == pytest.approx(mass)
+    classwise = 0.0
+    for c in range(classes):
+        for b in range(10):
+            inside = (probs[:, c] > b / 10) & (probs[:, c] <= (b + 1) / 10)
+            if inside.any():
+                classwise += abs((probs[inside, c] - (labels[inside] == c)).sum()) / rows / classes
+    assert metrics.ece(probs, labels, 10, kind="class") == pytest.approx(classwise)
+
+
+@settings(deadline=None)
+@cases
+def test_ranges_and_row_order(rows, classes, seed):
+    probs, labels = predictions(rows, classes, seed)
+    order = np.random.default_rng(seed).permutation(rows)
+    for metric, top in ((metrics.accuracy, 1), (metrics.nll, np.inf), (metrics.brier, 2), (metrics.ece, 1)):
+        value = metric(probs, labels)
+        assert 0 <= value <= top + 1e-12
+        assert metric(probs[order], labels[order]) == pytest.approx(value)
+        assert metric(torch.tensor(probs), torch.tensor(labels)) == pytest.approx(value)
+
+
+def test_perfect_calibration_scores_near_zero():
+    g = np.random.default_rng(0)
+    p = g.uniform(size=200_000)
+    probs, labels = np.stack([1 - p, p], -1), (g.uniform(size=len(p)) < p).astype(int)
+    for kind in ("width", "mass", "class"):
+        assert metrics.ece(probs, labels, 15, kind) < 0.006
+    curve = metrics.reliability(probs, labels, 10)
+    assert curve["rows"].sum() == len(p)
+    assert np.abs(curve["confidence"] - curve["accuracy"]).max() < 0.02
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
+def test_temperature_is_found_again(temperature):
+    g = np.random.default_rng(1)
+    logits = g.normal(size=(50_000, 3))
+    probs = metrics.apply_temperature(logits, 1.0)
+    labels = (probs.cumsum(-1) < g.uniform(size=(len(probs), 1))).sum(-1)
+    assert metrics.fit_temperature(logits * temperature, labels) == pytest.approx(temperature, rel=0.05)
+
+
+@settings(deadline=None, max_examples=30)
+@given(rows=st.integers(1, 40), classes=st.integers(2, 4), seed=st.integers(0, 100))
+def test_temperature_never_hurts_the_rows_it_was_fitted_on(rows, classes, seed):
+    probs, labels = predictions(rows, classes, seed)
+    scaled = metrics.apply_temperature(np.log(probs), metrics.fit_temperature(np.log(probs), labels))
+    assert metrics.nll(scaled, labels) <= metrics.nll(probs, labels) + 1e-6
+    assert metrics.accuracy(scaled, labels) == metrics.accuracy(probs, labels)
+
+
+def test_bootstrap_covers_the_truth():
+    """The 90% interval of the accuracy of a coin with p = 0.8 covers 0.8 about nine times out of ten."""
+    covered = 0
+    for seed in range(100):
+        hits = np.random.default_rng(seed).uniform(size=200) < 0.8
+        probs = np.tile([0.9, 0.1], (200, 1))
+        low, high = metrics.bootstrap(metrics.accuracy, probs, np.where(hits, 0, 1), draws=300, level=0.9, seed=seed)
+        covered += low <= 0.8 <= high
+    assert 82 <= covered <= 98
+
+
+@pytest.mark.parametrize(
+    ("probs", "labels", "message"),
+    [
+        (np.zeros((0, 2)), np.zeros(0), "N >= 1"),
+        (np.ones(3) / 3, np.zeros(3), r"probs \(N, C\)"),
+        (np.full((2, 2), 0.5), np.zeros(3), r"labels \(N,\)"),
+        (np.array([[2.0, -1.0]]), np.array([0]), "probabilities"),
+        (np.array([[3.0, 1.0]]), np.array([0]), "softmax"),
+        (np.array([[0.5, 0.5]]), np.array([2]), "labels 0..1"),
+    ],
+)
+def test_bad_input(probs, labels, message):
+    for metric in (metrics.accuracy, metrics.nll, metrics.brier, metrics.ece):
+        with pytest.raises(ValueError, match=message):
+            metric(probs, labels)
+
+
+def test_bad_options():
+    probs, labels = predictions(5, 2, 0)
+    with pytest.raises(ValueError, match="bins >= 1"):
+        metrics.ece(probs, labels, 0)
+    with pytest.raises(ValueError, match="'width', 'mass' or 'class'"):
+        metrics.ece(probs, labels, kind="adaptive")
+    with pytest.raises(ValueError, match="level"):
+        metrics.bootstrap(metrics.nll, probs, labels, level=95)

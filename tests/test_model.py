@@ -1,0 +1,213 @@
+"""The Pyro model by hand, the head, and the four traps of DESIGN: base weights, param store, two fits, hand-written SVI."""
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from conftest import LinearGaussian, tiny_bert, token_batches
+from pyro import poutine
+from pyro.infer import MCMC, NUTS, SVI, Predictive, Trace_ELBO
+from pyro.infer.autoguide import AutoLowRankMultivariateNormal, AutoMultivariateNormal, AutoNormal
+
+import pyro_lrblora as lb
+
+GUIDES = [lb.guides.Delta(), lb.guides.Diagonal(), lb.guides.LowRank(2), lb.guides.LowRankPrecision(2)]
+PRIORS = [
+    lb.priors.Normal(0.1),
+    lb.priors.Laplace(0.1),
+    lb.priors.StudentT(0.1, df=2.0),
+    lb.priors.Horseshoe(0.1),
+    lb.priors.LayerScale(0.1),
+]
+
+
+def users_prior(shapes):
+    return {name: pyro.sample(name, dist.Cauchy(0.0, 0.1).expand(shape).to_event()) for name, shape in shapes.items()}
+
+
+def loss_by_hand(model, guide, batch, steps=60, **options):
+    svi = SVI(model, guide, pyro.optim.Adam({"lr": 3e-2}), Trace_ELBO(**options))
+    losses = [svi.step(batch) for _ in range(steps)]
+    return sum(losses[:10]) / 10, sum(losses[-10:]) / 10
+
+
+@pytest.mark.parametrize("spec", [*GUIDES, AutoNormal, AutoMultivariateNormal, AutoLowRankMultivariateNormal], ids=repr)
+def test_svi_by_hand_trains(spec):
+    model = lb.BayesianLoRA(tiny_bert(), lb.LoRAXS(2), size=16)
+    batch = token_batches(16, 16)[0]
+    before, after = loss_by_hand(model, spec(model), batch)
+    assert after < before - 0.5
+
+
+@pytest.mark.parametrize("spec", GUIDES[1:], ids=repr)
+def test_rowwise_svi_by_hand_trains(spec):
+    model = lb.BayesianLoRA(tiny_bert(), lb.LoRAXS(2), size=16)
+    guide = spec(model)
+    before, after = loss_by_hand(model.rowwise, guide.rowwise, token_batches(16, 16)[0])
+    assert after < before - 0.5
+
+
+def test_svi_by_hand_trains_the_head_and_nothing_of_the_network():
+    network = tiny_bert()
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    model = lb.BayesianLoRA(network, size=16)
+    start = model.head_values()["classifier.weight"].clone()
+    loss_by_hand(model, lb.guides.Diagonal()(model), token_batches(16, 16)[0], steps=3)
+    assert not torch.equal(model.head_values()["classifier.weight"], start)
+    assert all(torch.equal(before[name], value) for name, value in network.state_dict().items())
+
+
+@pytest.mark.parametrize("prior", [*PRIORS, users_prior], ids=repr)
+@pytest.mark.parametrize("adapter", [lb.LoRAXS(2), lb.LoRA(2, "all-linear")], ids=repr)
+def test_priors_shared_and_per_row(prior, adapter):
+    """Shapes, and that the log density of the latents per row is the mean over rows, the prior's own sites counted once."""
+    model = lb.BayesianLoRA(tiny_bert(), adapter, prior, size=40)
+    batch = token_batches(8)[0]
+    shared = poutine.trace(model).get_trace(batch)
+    rowwise = poutine.trace(model.rowwise).get_trace(batch)
+    shared.compute_log_prob(), rowwise.compute_log_prob()
+    for name, shape in model.sites.shapes.items():
+        assert shared.nodes[name]["value"].shape == shape
+        assert rowwise.nodes[name]["value"].shape == (8, *shape)
+        per_row = rowwise.nodes[name]["fn"].log_prob(rowwise.nodes[name]["value"])
+        torch.testing.assert_close(rowwise.nodes[name]["log_prob_sum"], per_row.mean())
+    for name in set(shared.stochastic_nodes) - set(model.sites.shapes) - {"data"}:
+        assert rowwise.nodes[name]["value"].shape == shared.nodes[name]["value"].shape
+        assert rowwise.nodes[name]["scale"] == 1.0
+    assert rowwise.nodes["labels"]["scale"] == 40 / 8
+
+
+@pytest.mark.parametrize("spec", GUIDES[1:], ids=repr)
+def test_rowwise_and_shared_elbo_agree_in_expectation(spec):
+    problem = LinearGaussian(rank=2)
+    model, guide = problem.model, spec(problem.model)
+    batch = {name: value[:8] for name, value in problem.batch.items()}  # 8 of 24 rows: the plate scales by 3
+    estimate = lambda program, proposal: torch.tensor(
+        [Trace_ELBO().loss(program, proposal, batch) for _ in range(1500)]
+    )
+    shared, rowwise = estimate(model, guide), estimate(model.rowwise, guide.rowwise)
+    error = (shared.var() / len(shared) + rowwise.var() / len(rowwise)).sqrt()
+    assert (shared.mean() - rowwise.mean()).abs() < 4 * error
+    assert rowwise.var() < shared.var()
+
+
+def test_predictive_and_prior_predictive():
+    model = lb.BayesianLoRA(tiny_bert(), size=16)
+    inputs = {k: v for k, v in token_batches(8)[0].items() if k != "labels"}
+    prior = Predictive(model, num_samples=5)(inputs)
+    assert prior["labels"].shape == (5, 8)
+    guide = lb.guides.LowRank(2)(model)
+    assert Predictive(model, guide=guide, num_samples=5)(inputs)["labels"].shape == (5, 8)
+
+
+def test_nuts_by_hand_finds_the_exact_posterior():
+    problem = LinearGaussian(rank=2)
+    mcmc = MCMC(NUTS(problem.model), num_samples=400, warmup_steps=200, disable_progbar=True)
+    mcmc.run(problem.batch)
+    draws = mcmc.get_samples()["R"].reshape(400, -1).double()
+    sd = torch.linalg.inv(problem.precision).diagonal().sqrt()
+    assert ((draws.mean(0) - problem.mean).abs() < 0.3 * sd).all()
+    assert (draws.std(0) / sd - 1).abs().max() < 0.25
+
+
+def test_bayesian_head_is_sampled():
+    model = lb.BayesianLoRA(tiny_bert(), head="bayesian", size=16)
+    trace = poutine.trace(model).get_trace(token_batches(8)[0])
+    assert trace.nodes["classifier.weight"]["value"].shape == (3, 16)
+    assert not [name for name, site in trace.nodes.items() if site["type"] == "param"]
+    draw = poutine.trace(lb.guides.Diagonal()(model)).get_trace()
+    assert "classifier.bias" in draw.nodes
+
+
+def test_probe_is_the_logistic_regression_of_scikit_learn():
+    from sklearn.linear_model import LogisticRegression
+
+    batches = token_batches(60, 12)
+    model = lb.BayesianLoRA(tiny_bert(), head_scale=0.5).prepare(batches)
+    network, features = model.network, []
+    handle = network.classifier.register_forward_pre_hook(lambda module, args: features.append(args[0].detach()))
+    with torch.no_grad():
+        for batch in batches:
+            network(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+    handle.remove()
+    labels = torch.cat([batch["labels"] for batch in batches])
+    reference = LogisticRegression(C=0.5**2, tol=1e-8, max_iter=2000).fit(torch.cat(features), labels)
+    torch.testing.assert_close(
+        model.head_start["classifier.weight"], torch.tensor(reference.coef_).float(), atol=2e-3, rtol=1e-2
+    )
+
+
+def test_probe_reads_the_token_the_network_pools():
+    """GPT-2 scores every token and reads the last one that is no padding."""
+    from test_adapters import tiny_gpt2
+
+    batches = token_batches(40)
+    for batch in batches:
+        batch["input_ids"][::2, -2:] = 0
+        batch["attention_mask"][::2, -2:] = 0
+    probed = lb.BayesianLoRA(tiny_gpt2(), head_scale=3.0).prepare(batches)
+    nll = lambda head: sum(
+        torch.nn.functional.cross_entropy(probed.pretrained_outputs(b, head).logits, b["labels"], reduction="sum")
+        for b in batches
+    )
+    assert nll(probed.head_start) < nll({"score.weight": torch.zeros(3, 16)}) - 2
+    for i in range(3):  # a maximum of the posterior density: moving away in any direction is worse
+        worse = probed.head_start["score.weight"] + 0.05 * torch.randn(3, 16, generator=torch.manual_seed(i))
+        penalty = lambda w: 0.5 * w.square().sum() / 3.0**2
+        assert nll({"score.weight": worse}) + penalty(worse) > nll(probed.head_start) + penalty(
+            probed.head_start["score.weight"]
+        )
+
+
+def test_induced_sd():
+    """Orthonormal factors: |W - W0|_F^2 = |R|_F^2, so the entries have sd scale * r / sqrt(m n)."""
+    model = lb.BayesianLoRA(tiny_bert(), lb.LoRAXS(4, targets=["intermediate.dense"]), lb.priors.Normal(0.3))
+    for value in model.induced_sd(draws=2000).values():
+        assert abs(value / (0.3 * 4 / (16 * 24) ** 0.5) - 1) < 0.05
+
+
+@pytest.mark.parametrize("prior", [*PRIORS, users_prior], ids=repr)
+def test_prior_variance(prior):
+    from pyro_lrblora.priors import prior_variance
+
+    model = lb.BayesianLoRA(tiny_bert(), lb.LoRAXS(2), prior)
+    variance = prior_variance(model.sample_prior, model.sites.shapes)["R"]
+    assert variance.shape == model.sites.shapes["R"]
+    assert variance.isfinite().all()
+    assert (variance > 0).all()
+    if isinstance(prior, lb.priors.Normal):
+        torch.testing.assert_close(variance, torch.full_like(variance, 0.01))
+
+
+def test_a_batch_cannot_tell_how_many_rows_there_are():
+    model = lb.BayesianLoRA(tiny_bert())
+    with pytest.raises(ValueError, match="number of training rows N"):
+        model(token_batches(8)[0])
+
+
+def test_data_driven_projection_needs_prepare():
+    model = lb.BayesianLoRA(tiny_bert(), lb.LoRAXS(2, lb.projections.Gradient()), size=8)
+    with pytest.raises(ValueError, match="model.prepare"):
+        model(token_batches(8)[0])
+
+
+@pytest.mark.parametrize("scale", [0, -1.0, float("nan")])
+@pytest.mark.parametrize("prior", [type(p) for p in PRIORS])
+def test_prior_scale_must_be_positive(prior, scale):
+    with pytest.raises(ValueError, match="expected scale > 0"):
+        prior(scale=scale)
+
+
+def test_prior_that_forgets_a_site():
+    model = lb.BayesianLoRA(tiny_bert(), prior=lambda shapes: {}, size=8)
+    with pytest.raises(KeyError, match="expected the prior to return every latent site"):
+        model(token_batches(8)[0])
+
+
+def test_unknown_head():
+    with pytest.raises(ValueError, match="head="):
+        lb.BayesianLoRA(tiny_bert(), head="laplace")
+    with pytest.raises(ValueError, match="expected head modules among"):
+        lb.BayesianLoRA(tiny_bert(), head_modules=["clasifier"])
+    with pytest.raises(ValueError, match="expected a head with parameters"):
+        lb.BayesianLoRA(tiny_bert(), head=lb.FixedHead({}))

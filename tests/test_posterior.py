@@ -1,0 +1,246 @@
+"""Draws, densities, files and predictions of posteriors."""
+
+import json
+import math
+import shutil
+
+import pyro
+import pytest
+import torch
+from conftest import tiny_bert, tiny_reviews, tiny_tokenizer, token_batches
+from pyro.infer import SVI, Trace_ELBO
+from pyro.infer.autoguide import AutoIAFNormal, AutoLowRankMultivariateNormal, AutoMultivariateNormal, AutoNormal
+from test_model import GUIDES, PRIORS, users_prior
+
+import pyro_lrblora as lb
+
+pytestmark = pytest.mark.filterwarnings("ignore::pyro_lrblora.ScalesNotConverged")
+STOCK = [AutoNormal, AutoMultivariateNormal, AutoLowRankMultivariateNormal]
+
+
+def fit(guide, prior=None, adapter=None, **options):
+    model = lb.BayesianLoRA(
+        tiny_bert(), adapter or lb.LoRAXS(2), prior or lb.priors.Normal(0.1), tokenizer=tiny_tokenizer(), **options
+    )
+    return lb.fit(model, token_batches(), guide=guide, epochs=2, progress=False)
+
+
+@pytest.mark.parametrize("guide", [*GUIDES[1:], *STOCK], ids=repr)
+def test_mean_covariance_and_density_agree_with_draws(guide):
+    posterior = fit(guide)
+    draws = posterior.sample(4000, seed=0)
+    flat = posterior.model.sites.join(draws)
+    mean = posterior.model.sites.join(posterior.mean())
+    sd = flat.std(0)
+    assert ((flat.mean(0) - mean).abs() < 5 * sd / 4000**0.5).all()
+    # The mean of -log q is the entropy; a normal's, from the sample covariance.
+    entropy = 0.5 * torch.logdet(flat.double().T.cov()) + 0.5 * flat.shape[1] * math.log(2 * math.pi * math.e)
+    log_q = posterior.log_prob({name: value[:1000] for name, value in draws.items()})
+    assert log_q.shape == (1000,)
+    assert abs(-float(log_q.mean()) - float(entropy)) < 0.5
+    if guide in GUIDES:
+        covariance = posterior.covariance()
+        torch.testing.assert_close(covariance.variance, covariance.dense().diagonal())
+        assert (flat.var(0) / covariance.variance - 1).abs().max() < 0.15
+    else:
+        with pytest.raises(TypeError, match="sample covariance"):
+            posterior.covariance()
+
+
+@pytest.mark.parametrize("guide", [lb.guides.LowRank(2), AutoNormal], ids=repr)
+def test_density_covers_the_priors_own_sites(guide):
+    """Changing a scale's value changes log q by what its own LogNormal factor says, jacobian included."""
+    posterior = fit(guide, lb.priors.LayerScale(0.1))
+    draws = posterior.sample(2, seed=0)
+    moved = draws | {"R_scale": 2 * draws["R_scale"]}
+    auto = posterior.guide.extra if isinstance(posterior.guide, lb.guides.LatentGuide) else posterior.guide
+    loc, scale = (getattr(part, "R_scale").detach() for part in (auto.locs, auto.scales))
+    factor = torch.distributions.LogNormal(loc, scale)
+    expected = (factor.log_prob(moved["R_scale"]) - factor.log_prob(draws["R_scale"])).sum(-1)
+    torch.testing.assert_close(posterior.log_prob(moved) - posterior.log_prob(draws), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_a_guide_without_density():
+    with pytest.raises(TypeError, match="guide with a density"):
+        stock = fit(pyro.infer.autoguide.AutoDelta)
+        stock.log_prob(stock.sample(2))
+
+
+def test_draws_are_seeded_and_at_least_one():
+    posterior = fit(lb.guides.LowRank(2))
+    assert torch.equal(posterior.sample(3, seed=1)["R"], posterior.sample(3, seed=1)["R"])
+    assert not torch.equal(posterior.sample(3)["R"], posterior.sample(3)["R"])
+    for draws in (0, -1):
+        with pytest.raises(ValueError, match="draws >= 1"):
+            posterior.sample(draws)
+        with pytest.raises(ValueError, match="draws >= 1"):
+            lb.predict(posterior, token_batches(), draws=draws)
+    with pytest.raises(ValueError, match="at='mean'"):
+        lb.predict(posterior, token_batches(), at="mode")
+
+
+# --- prediction
+
+
+@pytest.mark.parametrize("guide", [lb.guides.LowRankPrecision(2), AutoNormal], ids=repr)
+@pytest.mark.parametrize("adapter", [lb.LoRAXS(2), lb.LoRA(2, "all-linear")], ids=repr)
+def test_folded_draws_equal_the_loop(guide, adapter):
+    posterior = fit(guide, adapter=adapter)
+    loop, folded = (lb.predict(posterior, token_batches(), draws=5, fold=fold) for fold in (1, 3))
+    torch.testing.assert_close(loop.logits, folded.logits, atol=1e-5, rtol=1e-4)
+
+
+def test_each_draw_is_one_function():
+    """The same rows in other batches get the same logits, draw by draw."""
+    posterior = fit(lb.guides.LowRank(2))
+    whole = lb.predict(posterior, token_batches(40, 40), draws=4)
+    parts = lb.predict(posterior, [{k: v[i : i + 10] for k, v in token_batches(40, 40)[0].items()} for i in range(0, 40, 10)], draws=4)  # fmt: skip
+    torch.testing.assert_close(whole.logits, parts.logits, atol=1e-5, rtol=1e-4)
+
+
+def test_prediction_keeps_the_datas_order_and_averages_probabilities():
+    posterior = fit(lb.guides.LowRank(2))
+    data = tiny_reviews(23)
+    prediction = lb.predict(posterior, data, draws=6, batch_size=5)
+    assert prediction.logits.shape == (6, 23, 3)
+    assert prediction.labels.tolist() == data["label"]
+    torch.testing.assert_close(prediction.probs, prediction.logits.softmax(-1).mean(0))
+    for row in (0, 11, 22):
+        alone = lb.predict(posterior, data.select([row]), draws=6)
+        torch.testing.assert_close(prediction.logits[:, row], alone.logits[:, 0], atol=1e-5, rtol=1e-4)
+    unlabelled = lb.predict(posterior, data.remove_columns("label"), draws=2)
+    assert unlabelled.labels is None
+    assert lb.predict(posterior, data, draws=6, batch_size=5).logits.equal(prediction.logits)
+
+
+def test_mean_is_one_forward_at_the_mean():
+    posterior = fit(lb.guides.Diagonal())
+    prediction = lb.predict(posterior, token_batches(), at="mean")
+    direct = torch.cat(
+        [posterior.model.outputs(b, posterior.mean(), posterior.head()).logits for b in token_batches()]
+    ).detach()
+    torch.testing.assert_close(prediction.logits[0], direct)
+
+
+# --- files
+
+
+@pytest.mark.parametrize("guide", [*GUIDES, *STOCK, AutoIAFNormal], ids=repr)
+@pytest.mark.parametrize("head", ["point", "bayesian", "frozen"])
+def test_saved_and_loaded_predictions_are_bit_identical(guide, head, tmp_path):
+    posterior = fit(guide, lb.priors.LayerScale(0.1), head=head)
+    posterior.save(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["posterior.json", "posterior.safetensors"]
+    fresh = tiny_bert()
+    torch.nn.init.normal_(fresh.classifier.weight)  # a new head: the saved one must be used
+    if head == "frozen":
+        fresh = tiny_bert()
+    loaded = lb.Posterior.load(tmp_path, fresh, tokenizer=tiny_tokenizer())
+    for options in ({"draws": 3, "seed": 4}, {"at": "mean"}):
+        expected, found = (lb.predict(p, tiny_reviews(), **options).logits for p in (posterior, loaded))
+        assert torch.equal(expected, found)
+    assert loaded.history == posterior.history
+    assert repr(loaded.guide_spec) == repr(posterior.guide_spec)
+    assert len(pyro.get_param_store()) == 0
+
+
+@pytest.mark.parametrize("prior", PRIORS, ids=repr)
+@pytest.mark.parametrize("projection", [lb.projections.Gradient(), lb.projections.Random()], ids=repr)
+def test_specs_survive_the_file(prior, projection, tmp_path):
+    posterior = fit(lb.guides.LowRank(3), prior, lb.LoRAXS(2, projection, ["query"], layers=[1]))
+    posterior.save(tmp_path)
+    loaded = lb.Posterior.load(tmp_path, tiny_bert())
+    assert loaded.model.prior == prior
+    assert loaded.model.adapter == posterior.model.adapter
+    assert loaded.guide_spec == lb.guides.LowRank(3)
+    assert loaded.model.size == 40
+
+
+def test_ones_own_prior_is_asked_for(tmp_path):
+    posterior = fit(lb.guides.Diagonal(), users_prior)
+    posterior.save(tmp_path)
+    with pytest.raises(ValueError, match="expected prior= because .*users_prior"):
+        lb.Posterior.load(tmp_path, tiny_bert())
+    loaded = lb.Posterior.load(tmp_path, tiny_bert(), prior=users_prior)
+    assert torch.equal(loaded.sample(2, seed=0)["R"], posterior.sample(2, seed=0)["R"])
+
+
+def test_saving_again_replaces_and_a_crash_keeps_the_old(tmp_path, monkeypatch):
+    first, second = fit(lb.guides.Diagonal()), fit(lb.guides.LowRank(2))
+    first.save(tmp_path)
+    from pyro_lrblora import storage
+
+    monkeypatch.setattr(storage, "save_file", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        second.save(tmp_path)
+    monkeypatch.undo()
+    loaded = lb.Posterior.load(tmp_path, tiny_bert())
+    assert loaded.guide_spec == lb.guides.Diagonal()
+    second.save(tmp_path)
+    assert lb.Posterior.load(tmp_path, tiny_bert()).guide_spec == lb.guides.LowRank(2)
+
+
+def test_another_base_is_refused(tmp_path):
+    fit(lb.guides.Diagonal()).save(tmp_path)
+    with pytest.raises(ValueError, match="got other weights in .* such as"):
+        lb.Posterior.load(tmp_path, tiny_bert(seed=7))
+    from test_adapters import tiny_gpt2, tiny_roberta
+
+    for other in (tiny_gpt2(), tiny_roberta()):
+        with pytest.raises(ValueError, match="expected the base|targets"):
+            lb.Posterior.load(tmp_path, other)
+    lb.Posterior.load(tmp_path, tiny_bert().to(torch.bfloat16))  # the same base, stored more coarsely
+
+
+def spoil_json(change):
+    def spoil(folder):
+        card = json.loads((folder / "posterior.json").read_text())
+        change(card)
+        (folder / "posterior.json").write_text(json.dumps(card))
+
+    return spoil
+
+
+def truncate(folder):
+    path = folder / "posterior.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+SPOILED = {
+    "no json": lambda folder: (folder / "posterior.json").unlink(),
+    "no tensors": lambda folder: (folder / "posterior.safetensors").unlink(),
+    "truncated tensors": truncate,
+    "not json": lambda folder: (folder / "posterior.json").write_text("{"),
+    "foreign json": lambda folder: (folder / "posterior.json").write_text("[1]"),
+    "other version": spoil_json(lambda card: card.update(format="pyro_lrblora posterior, version 99")),
+    "missing field": spoil_json(lambda card: card.pop("adapter")),
+    "other guide": spoil_json(lambda card: card.update(guide={"type": "LowRank", "fields": {"rank": 5}})),
+    "unknown type": spoil_json(lambda card: card["prior"].update(type="__import__")),
+    "unknown autoguide": spoil_json(lambda card: card.update(guide={"autoguide": "os"})),
+    "unknown field": spoil_json(lambda card: card["prior"]["fields"].update(scalee=1)),
+}
+
+
+@pytest.mark.parametrize("how", SPOILED)
+def test_corrupt_or_foreign_files(how, tmp_path):
+    fit(lb.guides.LowRank(2)).save(tmp_path)
+    shutil.copytree(tmp_path, tmp_path / "whole")
+    SPOILED[how](tmp_path)
+    network = tiny_bert()
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    with pytest.raises(ValueError, match="expected"):
+        lb.Posterior.load(tmp_path, network)
+    assert all(torch.equal(before[name], value) for name, value in network.state_dict().items())
+    lb.Posterior.load(tmp_path / "whole", network)
+
+
+def test_a_guide_fitted_by_hand_becomes_a_posterior():
+    model = lb.BayesianLoRA(tiny_bert(), lb.LoRAXS(2)).prepare(token_batches())
+    spec = lb.guides.LowRank(2)
+    guide = spec(model)
+    svi = SVI(model, guide, pyro.optim.Adam({"lr": 1e-2}), Trace_ELBO())
+    for batch in token_batches():
+        svi.step(batch)
+    posterior = lb.Posterior(model, guide, spec)
+    assert lb.predict(posterior, token_batches(), draws=2).logits.isfinite().all()
+    assert not torch.equal(posterior.head()["classifier.weight"], model.head_start["classifier.weight"])

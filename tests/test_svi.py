@@ -1,0 +1,336 @@
+"""The fit: what it leaves alone, what it reproduces, every option, and every way to get it wrong."""
+
+import math
+import warnings
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from conftest import LinearGaussian, tiny_bert, tiny_reviews, tiny_tokenizer, token_batches
+from pyro.infer import Predictive
+from pyro.infer.autoguide import AutoIAFNormal, AutoLowRankMultivariateNormal, AutoMultivariateNormal, AutoNormal
+from test_model import GUIDES, PRIORS, users_prior
+
+import pyro_lrblora as lb
+
+pytestmark = pytest.mark.filterwarnings("ignore::pyro_lrblora.ScalesNotConverged")
+
+
+def fit(model, train=None, **options):
+    return lb.fit(model, token_batches() if train is None else train, **({"epochs": 2, "progress": False} | options))
+
+
+def same_posterior(a, b):
+    first, second = a.sample(3, seed=0), b.sample(3, seed=0)
+    heads = all(torch.equal(a.head()[k], b.head()[k]) for k in a.head())
+    return heads and all(torch.equal(first[k], second[k]) for k in first)
+
+
+@pytest.mark.parametrize("guide", [*GUIDES, AutoNormal, AutoMultivariateNormal, AutoLowRankMultivariateNormal, AutoIAFNormal], ids=repr)  # fmt: skip
+@pytest.mark.parametrize("head", ["point", "bayesian"])
+def test_network_model_and_param_store_are_left_alone(guide, head):
+    network = tiny_bert().train()
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    mine = pyro.param("mine", torch.ones(2))
+    model = lb.BayesianLoRA(network, lb.LoRAXS(2), head=head).prepare(token_batches())
+    start = {name: value.clone() for name, value in model.head_start.items()}
+    posterior = fit(model, guide=guide)
+    lb.predict(posterior, token_batches(), draws=2)
+    posterior.mean(), posterior.head(), posterior.sample(2)
+    assert all(torch.equal(before[name], value) for name, value in network.state_dict().items())
+    assert network.training
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in network.parameters())
+    assert list(pyro.get_param_store().keys()) == ["mine"]
+    assert pyro.param("mine") is mine
+    assert all(torch.equal(start[name], value) for name, value in model.head_start.items())
+
+
+@pytest.mark.parametrize("first", GUIDES[1:3], ids=repr)
+@pytest.mark.parametrize("second", [lb.guides.Diagonal(), AutoNormal], ids=repr)
+def test_two_fits_are_independent_in_either_order(first, second):
+    model = lb.BayesianLoRA(tiny_bert(), lb.LoRAXS(2), lb.priors.LayerScale(0.1)).prepare(token_batches())
+    inputs = {k: v for k, v in token_batches(8)[0].items() if k != "labels"}
+
+    def by_hand(posterior):
+        torch.manual_seed(0)
+        return Predictive(posterior.model, guide=posterior.guide, num_samples=2, return_sites=["R"])(inputs)["R"]
+
+    a = fit(model, guide=first)
+    alone = a.sample(3, seed=0)["R"]
+    drawn = by_hand(a)
+    b = fit(model, guide=second, seed=1)
+    by_hand(b)
+    assert torch.equal(a.sample(3, seed=0)["R"], alone)
+    assert torch.equal(by_hand(a), drawn)
+    assert same_posterior(fit(model, guide=second, seed=1), b)
+    assert same_posterior(fit(model, guide=first), a)
+
+
+@pytest.mark.parametrize("guide", [*GUIDES, AutoNormal], ids=repr)
+def test_same_seed_same_result(guide):
+    model = lb.BayesianLoRA(tiny_bert(), lb.LoRAXS(2, lb.projections.Gradient()), tokenizer=tiny_tokenizer())
+    runs = []
+    for noise in (1, 2):
+        torch.manual_seed(noise)  # the global generator must not matter, and must not be moved
+        state = torch.get_rng_state()
+        runs.append(fit(model, tiny_reviews(), guide=guide, seed=5))
+        assert torch.equal(torch.get_rng_state(), state)
+    assert same_posterior(*runs)
+    assert not same_posterior(runs[0], fit(model, tiny_reviews(), guide=guide, seed=6))
+
+
+@pytest.mark.parametrize("guide", GUIDES, ids=repr)
+@pytest.mark.parametrize("prior", [*PRIORS, users_prior], ids=repr)
+def test_every_guide_with_every_prior(guide, prior):
+    posterior = fit(lb.BayesianLoRA(tiny_bert(), lb.LoRAXS(2), prior), guide=guide)
+    assert math.isfinite(posterior.history[-1]["elbo"])
+    extra = set(posterior.sample(2)) - {"R"}
+    expected = {"Horseshoe": {"global_scale", "R_local_scale"}, "LayerScale": {"R_scale"}}
+    assert extra == expected.get(type(prior).__name__, set())
+
+
+@pytest.mark.parametrize("guide", GUIDES, ids=repr)
+def test_lora_with_both_factors_latent(guide):
+    posterior = fit(lb.BayesianLoRA(tiny_bert(), lb.LoRA(2, "all-linear"), lb.priors.Normal(1.0)), guide=guide)
+    mean = posterior.mean()
+    assert sum(value.numel() for value in mean.values()) == posterior.model.sites.size
+    assert all(mean[name].abs().sum() > 0 for name in posterior.model.sites.shapes)
+
+
+def test_training_improves_the_bound_up_to_the_evidence():
+    problem = LinearGaussian(rank=2)
+    posterior = fit(
+        problem.model, [problem.batch], warm_start=False, epochs=600, rates=lb.Rates(loc=0.02, scale=0.05, factor=0.05)
+    )
+    bounds = [row["elbo"] * problem.rows for row in posterior.history]
+    assert sum(bounds[:20]) / 20 < problem.log_evidence - 5
+    assert abs(sum(bounds[-20:]) / 20 - problem.log_evidence) < 1.5
+
+
+def test_closed_and_monte_carlo_kl_have_the_same_expectation():
+    problem = LinearGaussian(rank=2)
+    fixed = lb.Rates(0, 0, 0, 0)
+    kl = lambda form, steps: [
+        row["kl"] for row in fit(problem.model, [problem.batch], kl=form, epochs=steps, rates=fixed).history
+    ]
+    closed, sampled = kl("closed", 1), torch.tensor(kl("mc", 400))
+    assert abs(sampled.mean() - closed[0]) < 4 * sampled.std() / 20
+    assert fit(problem.model, [problem.batch], kl="auto").settings["kl"] == "closed"
+
+
+def test_hierarchical_prior_has_a_conditional_closed_form():
+    model = lb.BayesianLoRA(tiny_bert(), lb.LoRAXS(2), lb.priors.LayerScale(0.1)).prepare(token_batches())
+    fixed = {"rates": lb.Rates(0, 0, 0, 0), "epochs": 60}
+    kl = {form: torch.tensor([row["kl"] for row in fit(model, kl=form, **fixed).history]) for form in ("closed", "mc")}
+    error = (kl["closed"].var() / 60 + kl["mc"].var() / 60).sqrt()
+    assert abs(kl["closed"].mean() - kl["mc"].mean()) < 4 * error
+
+
+def test_laplace_prior_falls_back_to_monte_carlo():
+    model = lb.BayesianLoRA(tiny_bert(), lb.LoRAXS(2), lb.priors.Laplace(0.1))
+    assert fit(model).settings["kl"] == "mc"
+    with pytest.raises(ValueError, match="closed-form KL"):
+        fit(model, kl="closed")
+
+
+def test_accumulation_is_one_step_on_the_larger_batch():
+    """A linear-Gaussian Delta fit: deterministic, so four batches of 6 must equal one of 24."""
+    problem = LinearGaussian(rank=2)
+    large = fit(problem.model, [problem.batch], guide=lb.guides.Delta(), steps=7)
+    small = fit(problem.model, problem.batches(6), guide=lb.guides.Delta(), steps=7, accumulate=4)
+    assert small.history[-1]["step"] == large.history[-1]["step"] == 7
+    torch.testing.assert_close(small.mean()["R"], large.mean()["R"], atol=1e-5, rtol=1e-4)
+
+
+def test_steps_override_epochs():
+    assert fit(lb.BayesianLoRA(tiny_bert()), epochs=1, steps=12).history[-1]["step"] == 12
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
+def test_schedules(schedule):
+    from pyro_lrblora.infer.progress import multiplier
+
+    factor = multiplier(schedule, 0.1, 100)
+    values = [factor(step) for step in range(100)]
+    assert values[0] == 0.1
+    assert max(values) == pytest.approx(1.0)
+    assert values[:10] == sorted(values[:10])
+    if schedule != "constant":
+        assert values[10:] == sorted(values[10:], reverse=True)
+        assert values[-1] < 0.02
+
+
+def test_early_stopping_goes_back_to_the_best():
+    batches = token_batches(24)
+    validation = token_batches(40, seed=9)  # labels are noise: every step away from the probe is overfitting
+    options = {"guide": lb.guides.Delta(), "rates": lb.Rates(loc=0.05, head=0.05), "epochs": 30}
+    model = lb.BayesianLoRA(tiny_bert(), lb.LoRAXS(8, targets="all-linear"), lb.priors.Normal(10.0))
+    posterior = fit(model, batches, validation=validation, patience=2, **options)
+    recorded = [row["validation_nll"] for row in posterior.history]
+    assert len(recorded) < 30
+    prediction = lb.predict(posterior, validation, at="mean")
+    assert lb.metrics.nll(prediction.probs, prediction.labels) == pytest.approx(min(recorded), abs=1e-5)
+
+
+def test_callbacks_see_every_epoch_and_can_stop():
+    seen = []
+
+    def callback(row, posterior):
+        seen.append((row["epoch"], posterior.sample(1)["R"].shape))
+        return row["epoch"] == 3
+
+    posterior = fit(lb.BayesianLoRA(tiny_bert(), lb.LoRAXS(2)), epochs=9, callbacks=[callback])
+    assert [epoch for epoch, _ in seen] == [1, 2, 3]
+    assert len(posterior.history) == 3
+
+
+def test_scales_that_still_move_are_named():
+    model = lb.BayesianLoRA(tiny_bert(), lb.LoRAXS(2)).prepare(token_batches())
+    with pytest.warns(lb.ScalesNotConverged, match=r"moved by 0\.\d\d per epoch.*rates.scale=0.05"):
+        fit(model, warm_start=False, rates=lb.Rates(scale=0.05))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fit(model, guide=lb.guides.Delta())
+        fit(model, rates=lb.Rates(scale=0.0))
+
+
+def test_staged_by_hand():
+    """Delta, then Diagonal, then LowRankPrecision, each from the one before, in one subspace."""
+    model = lb.BayesianLoRA(tiny_bert(), lb.LoRAXS(2, lb.projections.Gradient())).prepare(token_batches())
+    still = {"rates": lb.Rates(0, 0, 0, 0), "epochs": 1}
+    posterior = fit(model, guide=lb.guides.Delta(), rates=lb.Rates(loc=0.05))
+    for guide in (lb.guides.Diagonal(), lb.guides.LowRankPrecision(2), lb.guides.LowRank(2)):
+        staged = fit(model, guide=guide, init=posterior, **still)
+        torch.testing.assert_close(staged.mean()["R"], posterior.mean()["R"])
+        assert all(torch.equal(staged.head()[k], posterior.head()[k]) for k in posterior.head())
+        posterior = staged
+    other = lb.BayesianLoRA(tiny_bert(), lb.LoRAXS(2, lb.projections.Random())).prepare(token_batches())
+    with pytest.raises(ValueError, match="same subspace"):
+        fit(other, init=posterior)
+    # A model that has no subspace yet takes that of init.
+    adopted = fit(lb.BayesianLoRA(tiny_bert(), model.adapter), init=posterior, **still)
+    assert adopted.model.adapted is model.adapted
+
+
+def test_map_epochs_move_the_start():
+    model = lb.BayesianLoRA(tiny_bert(), lb.LoRAXS(2)).prepare(token_batches())
+    still = {"rates": lb.Rates(loc=0.01, scale=0, factor=0, head=0), "steps": 1, "warmup": 0.0}
+    # Adam's first step is the rate in every entry; many steps of a point fit are not.
+    spread = lambda posterior: float(posterior.mean()["R"].abs().std())
+    assert spread(fit(model, **still)) < 1e-4
+    assert spread(fit(model, map_epochs=3, **still)) > 1e-3
+
+
+def test_fixed_head_stays_and_bayesian_head_learns():
+    model = lb.BayesianLoRA(tiny_bert(), lb.LoRAXS(2)).prepare(token_batches())
+    first = fit(model)
+    fixed = fit(model.with_head(lb.fixed_from(first)))
+    assert all(torch.equal(fixed.head()[k], first.head()[k]) for k in first.head())
+    assert fixed.parameter_counts()["head"] == 51
+    bayesian = fit(model.with_head("bayesian"))
+    assert bayesian.head() == {}
+    assert not torch.equal(bayesian.mean()["classifier.weight"], model.head_start["classifier.weight"])
+    lb.fixed_from(bayesian)
+
+
+def test_bf16_autocast_stays_in_the_network():
+    posterior = fit(lb.BayesianLoRA(tiny_bert(), lb.LoRAXS(2)), precision="bf16")
+    assert all(parameter.dtype == torch.float32 for parameter in posterior.guide.parameters())
+    single = fit(lb.BayesianLoRA(tiny_bert(), lb.LoRAXS(2)))
+    assert posterior.history[-1]["elbo"] != single.history[-1]["elbo"]
+    assert posterior.history[-1]["elbo"] == pytest.approx(single.history[-1]["elbo"], rel=0.05)
+
+
+def test_progress_bar_tells_epoch_bound_and_kl(capsys):
+    fit(lb.BayesianLoRA(tiny_bert(), lb.LoRAXS(2)), progress=True)
+    shown = capsys.readouterr().err
+    assert "ELBO/row=" in shown
+    assert "KL=" in shown
+    assert "epoch=2" in shown
+    fit(lb.BayesianLoRA(tiny_bert(), lb.LoRAXS(2)), progress=False)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_family_of_ones_own():
+    """What docs/concepts.md shows: a guide in fifteen lines, through fit, sample and predict."""
+
+    class Isotropic(lb.guides.LatentGuide):
+        def __init__(self, model):
+            super().__init__(model)
+            self.loc = torch.nn.Parameter(self.starting_point(model)[0])
+            self.log_scale = torch.nn.Parameter(torch.tensor(-3.0))
+
+        def distribution(self):
+            return dist.Normal(self.loc, self.log_scale.exp()).to_event(1)
+
+        def begin(self, curvature):
+            self.loc.data.copy_(curvature.loc)
+            self.log_scale.data.copy_(curvature.diagonal.rsqrt().log().mean())
+
+    posterior = fit(lb.BayesianLoRA(tiny_bert(), lb.LoRAXS(2)), guide=Isotropic)
+    assert posterior.covariance().variance.unique().numel() == 1
+    assert lb.predict(posterior, token_batches(), draws=3).logits.shape == (3, 40, 3)
+
+
+BAD = [
+    ({"epochs": 0}, ValueError, "epochs to be an integer >= 1"),
+    ({"batch_size": 0}, ValueError, "batch_size"),
+    ({"steps": -1}, ValueError, "steps"),
+    ({"kl": "exact"}, ValueError, "kl to be one of"),
+    ({"schedule": "step"}, ValueError, "schedule"),
+    ({"draws": "two"}, ValueError, "draws"),
+    ({"precision": "fp8"}, ValueError, "precision"),
+    ({"patience": 2}, ValueError, "validation="),
+    ({"guide": "low_rank"}, TypeError, "guide spec"),
+    ({"guide": lambda model: None}, TypeError, "PyroModule"),
+    ({"guide": AutoNormal, "draws": "row"}, TypeError, "rowwise"),
+]
+
+
+@pytest.mark.parametrize(("options", "error", "message"), BAD, ids=lambda value: str(value)[:40])
+def test_bad_options(options, error, message):
+    with pytest.raises(error, match=message):
+        fit(lb.BayesianLoRA(tiny_bert()), **options)
+
+
+def test_a_built_guide_is_refused():
+    model = lb.BayesianLoRA(tiny_bert(), size=40)
+    with pytest.raises(TypeError, match="built DiagonalGuide"):
+        fit(model, guide=lb.guides.Diagonal()(model))
+
+
+def test_guide_without_a_needed_site():
+    def forgetful(model):
+        return AutoNormal(pyro.poutine.block(model, hide=["R_scale"]))
+
+    with pytest.raises(ValueError, match="expected the guide to sample .*R_scale"):
+        fit(lb.BayesianLoRA(tiny_bert(), lb.LoRAXS(2), lb.priors.LayerScale(0.1)), guide=forgetful)
+
+
+@pytest.mark.parametrize("rank", [0, -2])
+@pytest.mark.parametrize("family", [lb.guides.LowRank, lb.guides.LowRankPrecision])
+def test_guide_rank_must_be_positive(family, rank):
+    with pytest.raises(ValueError, match="expected rank >= 1"):
+        family(rank)
+
+
+def test_a_loss_that_is_not_finite_names_its_batch():
+    class Exploding(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = torch.nn.Linear(4, 3)
+
+        def forward(self, x):
+            return self.layer(x) + torch.where(x[:, :1] > 9, float("nan"), 0.0)
+
+    batches = [{"x": torch.randn(6, 4), "labels": torch.tensor([0, 1, 2] * 2)} for _ in range(3)]
+    batches[2]["x"][3, 0] = 10.0
+    model = lb.BayesianLoRA(Exploding(), lb.LoRAXS(2, targets=["layer"]))
+    with pytest.raises(FloatingPointError, match=r"batch 2 of epoch 1: expected finite logits.*rows \[3\]"):
+        fit(model, batches, warm_start=False)
+    with pytest.raises(FloatingPointError, match="batch 2: expected finite logits"):
+        fit(model, batches)
+    problem = LinearGaussian(rank=2)
+    with pyro.validation_enabled(False), pytest.raises(FloatingPointError, match="batch 0 of epoch 1: expected a finite loss"):
+        fit(problem.model, [problem.batch | {"x": problem.batch["x"] * float("inf")}], warm_start=False)
