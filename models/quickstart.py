@@ -23,7 +23,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=400, help="training rows")
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--draws", type=int, default=10)
-    parser.add_argument("--prior-scale", type=float, default=0.3)
+    parser.add_argument("--prior-scale", type=float, default=0.1)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
@@ -70,7 +70,9 @@ def main() -> None:
     best.to_arviz(test.select(range(100)), draws=50).to_netcdf(args.out / "draws.nc")
     lb.plots.reliability_diagram(predictions).savefig(args.out / "reliability.png", dpi=150)
     table.to_csv(args.out / "table.csv")
-    print(f"\n{time.perf_counter() - begun:.0f} s. Wrote {args.out}/: posterior/, draws.nc (ArviZ), reliability.png, table.csv")
+    print(
+        f"\n{time.perf_counter() - begun:.0f} s. Wrote {args.out}/: posterior/, draws.nc (ArviZ), reliability.png, table.csv"
+    )
 
 
 def show(table: pd.DataFrame) -> None:
@@ -83,10 +85,14 @@ def show(table: pd.DataFrame) -> None:
     print("\nAfter temperature scaling on validation rows:")
     print(table[scaled].to_string(float_format="{:.3f}".format))
     print("\nCosts (parameters of the posterior; the head comes on top):")
-    print(table.loc[[name for name in table.index if "mean" not in name], costs].to_string(float_format="{:.3f}".format))
+    print(
+        table.loc[[name for name in table.index if "mean" not in name], costs].to_string(float_format="{:.3f}".format)
+    )
     for name in ("NLL", "ECE (15 bins)", "Brier"):
         word = "lower" if posterior[name] < point[name] else "NOT lower"
-        print(f"{name}: {posterior[name]:.3f} with the low-rank-precision posterior, {point[name]:.3f} at the point: {word}")
+        print(
+            f"{name}: {posterior[name]:.3f} with the low-rank-precision posterior, {point[name]:.3f} at the point: {word}"
+        )
 
 
 if __name__ == "__main__":

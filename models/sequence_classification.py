@@ -1,6 +1,6 @@
 """Fit a Bayesian LoRA posterior to any text classification data with any base, and score it.
 
-    python models/sequence_classification.py --base roberta-base --data glue/sst2 --guide LowRank --prior Horseshoe
+python models/sequence_classification.py --base roberta-base --data glue/sst2 --guide LowRank --prior Horseshoe
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ def load_splits(source: str, rows: int, validation: int, test: int, seed: int):
     """Train, validation and test rows of a folder of parquet files or a hub data set; the test rows are never trained on."""
     if Path(source).is_dir():
         files = {path.stem: str(path) for path in sorted(Path(source).glob("*.parquet"))}
-        splits = {name: datasets.load_dataset("parquet", data_files=path, split="train") for name, path in files.items()}
+        splits = {
+            name: datasets.load_dataset("parquet", data_files=path, split="train") for name, path in files.items()
+        }
     else:
         path, _, name = source.partition(":")
         splits = datasets.load_dataset(path, name or None)
@@ -53,8 +55,10 @@ def main() -> None:
     parser.add_argument("--mean-pool", action="store_true", help="mean pooling, for sentence encoders")
     parser.add_argument("--data", required=True, help="folder of parquet files, or hub name (name:config)")
     parser.add_argument("--prior", default="Normal", choices=lb.priors.__all__)
-    parser.add_argument("--prior-scale", type=float, default=0.3)
-    parser.add_argument("--guide", default="LowRankPrecision", choices=["Delta", "Diagonal", "LowRank", "LowRankPrecision"])
+    parser.add_argument("--prior-scale", type=float, default=0.1)
+    parser.add_argument(
+        "--guide", default="LowRankPrecision", choices=["Delta", "Diagonal", "LowRank", "LowRankPrecision"]
+    )
     parser.add_argument("--guide-rank", type=int, default=8)
     parser.add_argument("--adapter", default="LoRAXS", choices=["LoRAXS", "LoRA"])
     parser.add_argument("--projection", default="Gradient", choices=["SVD", "Gradient", "Random"])
@@ -81,7 +85,13 @@ def main() -> None:
     model = lb.BayesianLoRA(network, getattr(lb, args.adapter)(**where), prior, head=args.head, tokenizer=tokenizer)
     guide = getattr(lb.guides, args.guide)(**({"rank": args.guide_rank} if "Low" in args.guide else {}))
     posterior = lb.fit(
-        model, train, validation=validation, guide=guide, epochs=args.epochs, device=args.device, seed=args.seed
+        model,
+        train,
+        validation=validation,
+        guide=guide,
+        epochs=args.epochs,
+        device=args.device,
+        seed=args.seed,
     )
     table = lb.compare({args.guide: posterior}, test, validation=validation, draws=args.draws)
     print(posterior, table.T.to_string(float_format="{:.4f}".format), sep="\n")

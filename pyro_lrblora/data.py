@@ -138,9 +138,7 @@ def as_batches(data, tokenizer=None, **options) -> Batches | _GivenBatches:
     if isinstance(data, datasets.DatasetDict):
         raise TypeError(f"expected one split, got a DatasetDict; pick one of {list(data)}")
     if isinstance(data, Mapping) or not isinstance(data, Iterable):
-        raise TypeError(
-            f"expected a datasets.Dataset or a re-iterable of batch dicts, got {type(data).__name__}"
-        )
+        raise TypeError(f"expected a datasets.Dataset or a re-iterable of batch dicts, got {type(data).__name__}")
     return _GivenBatches(data)
 
 
@@ -156,7 +154,9 @@ def naming_the_batch(position: int, epoch: int | None = None):
         yield
     except FloatingPointError as error:
         when = "" if epoch is None else f" of epoch {epoch}"
-        raise FloatingPointError(f"in batch {position}{when}: {error}; look at those rows, or lower the rates") from error
+        raise FloatingPointError(
+            f"in batch {position}{when}: {error}; look at those rows, or lower the rates"
+        ) from error
 
 
 def _encode(dataset, tokenizer, text, max_length) -> dict[str, list]:

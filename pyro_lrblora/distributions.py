@@ -52,13 +52,9 @@ class _DiagonalPlusLowRank(TorchDistribution):
 
     def __init__(self, loc: Tensor, factor: Tensor, diagonal: Tensor, validate_args=None):
         if factor.dim() < 2 or factor.shape[-2] != loc.shape[-1]:
-            raise ValueError(
-                f"expected a factor of shape (..., D={loc.shape[-1]}, K), got {tuple(factor.shape)}"
-            )
+            raise ValueError(f"expected a factor of shape (..., D={loc.shape[-1]}, K), got {tuple(factor.shape)}")
         if diagonal.shape[-1] != loc.shape[-1]:
-            raise ValueError(
-                f"expected a diagonal of shape (..., D={loc.shape[-1]}), got {tuple(diagonal.shape)}"
-            )
+            raise ValueError(f"expected a diagonal of shape (..., D={loc.shape[-1]}), got {tuple(diagonal.shape)}")
         self.loc, self._factor, self._diagonal = loc, factor, diagonal
         batch_shape = torch.broadcast_shapes(loc.shape[:-1], factor.shape[:-2], diagonal.shape[:-1])
         super().__init__(batch_shape, loc.shape[-1:], validate_args=validate_args)
@@ -201,9 +197,7 @@ class LowRankPrecisionNormal(_DiagonalPlusLowRank):
 
     def covariance_factors(self) -> CovarianceFactors:
         """The diagonal (D,) and factor (D, K) whose difference is the covariance."""
-        return CovarianceFactors(
-            1 / self._diagonal, self._qr[0] / self._diagonal.sqrt().unsqueeze(-1), -1
-        )
+        return CovarianceFactors(1 / self._diagonal, self._qr[0] / self._diagonal.sqrt().unsqueeze(-1), -1)
 
 
 def kl_to_diagonal(q: _DiagonalPlusLowRank, loc: Tensor, variance: Tensor) -> Tensor:

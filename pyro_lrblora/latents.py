@@ -38,6 +38,4 @@ class LatentSites:
         missing = [name for name in self.shapes if name not in values]
         if missing:
             raise KeyError(f"expected a value for every latent site {list(self.shapes)}, missing {missing}")
-        return torch.cat(
-            [values[name].flatten(start_dim=-len(shape)) for name, shape in self.shapes.items()], dim=-1
-        )
+        return torch.cat([values[name].flatten(start_dim=-len(shape)) for name, shape in self.shapes.items()], dim=-1)

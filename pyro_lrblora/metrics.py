@@ -94,7 +94,10 @@ def fit_temperature(log_probs: Array, labels: Array) -> float:
         log_probs: (N, C) of *validation* rows, never of the rows that are scored.
         labels: (N,).
     """
-    scores, labels = torch.as_tensor(np.asarray(log_probs)).double(), torch.as_tensor(np.asarray(labels)).long()
+    scores, labels = (
+        torch.as_tensor(np.asarray(log_probs)).double(),
+        torch.as_tensor(np.asarray(labels)).long(),
+    )
     log_inverse = torch.zeros((), dtype=torch.float64, requires_grad=True)
     optimiser = torch.optim.LBFGS([log_inverse], max_iter=100, line_search_fn="strong_wolfe")
 
@@ -137,9 +140,7 @@ def _bin_of(confidence: np.ndarray, bins: int, kind: str) -> np.ndarray:
 def _check(probs: Array, labels: Array) -> tuple[np.ndarray, np.ndarray]:
     probs, labels = np.asarray(probs, dtype=float), np.asarray(labels)
     if probs.ndim != 2 or labels.shape != probs.shape[:1] or len(labels) == 0:
-        raise ValueError(
-            f"expected probs (N, C) and labels (N,) with N >= 1, got {probs.shape} and {labels.shape}"
-        )
+        raise ValueError(f"expected probs (N, C) and labels (N,) with N >= 1, got {probs.shape} and {labels.shape}")
     if not np.all(np.abs(probs.sum(-1) - 1) < 1e-3) or probs.min() < -1e-6:
         raise ValueError("expected rows of probs to be probabilities that add up to 1; write logits.softmax(-1)")
     if labels.min() < 0 or labels.max() >= probs.shape[1]:

@@ -22,6 +22,8 @@ def reliability_diagram(predictions: Mapping[str, Prediction], bins: int = 10):
     """
     from matplotlib.figure import Figure
 
+    if not predictions:
+        raise ValueError("expected at least one prediction, got none")
     figure = Figure(figsize=(2.7 * len(predictions) + 0.5, 3.9), layout="constrained")
     upper, lower = figure.subplots(2, len(predictions), sharex=True, squeeze=False, height_ratios=[3, 1])
     for top, bottom, (title, prediction) in zip(upper, lower, predictions.items(), strict=True):
@@ -41,8 +43,8 @@ def reliability_diagram(predictions: Mapping[str, Prediction], bins: int = 10):
         for axes in (top, bottom):
             axes.spines[["top", "right"]].set_visible(False)
             axes.tick_params(labelsize=8)
-    upper[0, 0].set_ylabel("accuracy")
-    lower[0, 0].set_ylabel("rows")
+    upper[0].set_ylabel("accuracy")
+    lower[0].set_ylabel("rows")
     figure.supxlabel("confidence", fontsize=10)
     return figure
 

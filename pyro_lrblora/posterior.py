@@ -83,9 +83,7 @@ class Posterior:
             if seed is not None:
                 torch.manual_seed(seed)
             traces = [poutine.trace(self.guide).get_trace() for _ in range(draws)]
-        names = [
-            name for name in traces[0].stochastic_nodes if not traces[0].nodes[name]["infer"].get("is_auxiliary")
-        ]
+        names = [name for name in traces[0].stochastic_nodes if not traces[0].nodes[name]["infer"].get("is_auxiliary")]
         return {name: torch.stack([trace.nodes[name]["value"] for trace in traces]) for name in names}
 
     @local_parameters

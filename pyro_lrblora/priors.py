@@ -114,8 +114,7 @@ class LayerScale:
     def __call__(self, shapes: Shapes) -> dict[str, Tensor]:
         hyper = dist.LogNormal(torch.tensor(self.scale).log(), self.spread)
         scales = {
-            name: pyro.sample(f"{name}_scale", hyper.expand(shape[:1]).to_event())
-            for name, shape in shapes.items()
+            name: pyro.sample(f"{name}_scale", hyper.expand(shape[:1]).to_event()) for name, shape in shapes.items()
         }
         column = lambda name: scales[name].reshape(-1, *[1] * (len(shapes[name]) - 1))
         return _independent(shapes, lambda name: dist.Normal(0.0, column(name)))
@@ -143,9 +142,7 @@ def prior_variance(program: Callable[[], object], sites: Iterable[str]) -> dict[
 
 
 def _independent(shapes: Shapes, family) -> dict[str, Tensor]:
-    return {
-        name: pyro.sample(name, family(name).expand(shape).to_event()) for name, shape in shapes.items()
-    }
+    return {name: pyro.sample(name, family(name).expand(shape).to_event()) for name, shape in shapes.items()}
 
 
 def _check_positive(**values: float) -> None:

@@ -11,15 +11,48 @@ import datasets
 import numpy as np
 
 _PARTS = {
-    "films": "plot,acting,soundtrack,dialogue,ending,pacing,script,camera work,cast,villain,opening scene,humour".split(","),
-    "hotels": "room,breakfast,staff,bed,pool,bathroom,location,lobby,view,service,restaurant,check-in".split(","),
+    "films": [
+        "plot",
+        "acting",
+        "soundtrack",
+        "dialogue",
+        "ending",
+        "pacing",
+        "script",
+        "camera work",
+        "cast",
+        "villain",
+        "opening scene",
+        "humour",
+    ],
+    "hotels": [
+        "room",
+        "breakfast",
+        "staff",
+        "bed",
+        "pool",
+        "bathroom",
+        "location",
+        "lobby",
+        "view",
+        "service",
+        "restaurant",
+        "check-in",
+    ],
 }
 _REMARKS = {
     "films": {
         3.0: ["a masterpiece", "breathtaking", "unforgettable", "flawless", "stunning"],
         1.8: ["gripping", "very moving", "clever", "a real treat", "charming", "thrilling"],
         0.8: ["decent", "watchable", "better than expected", "pleasant enough", "solid"],
-        0.0: ["rather long", "unusual", "loud", "much like the book", "old-fashioned", "about what I expected"],
+        0.0: [
+            "rather long",
+            "unusual",
+            "loud",
+            "much like the book",
+            "old-fashioned",
+            "about what I expected",
+        ],
         -0.8: ["a bit flat", "forgettable", "predictable", "uneven", "nothing special"],
         -1.8: ["boring", "clumsy", "a letdown", "painfully slow", "shallow", "irritating"],
         -3.0: ["a disaster", "unwatchable", "atrocious", "an insult", "horrible"],
@@ -28,14 +61,28 @@ _REMARKS = {
         3.0: ["perfect", "spotless", "superb", "the best we ever had", "outstanding"],
         1.8: ["lovely", "very comfortable", "welcoming", "excellent value", "peaceful", "generous"],
         0.8: ["fine", "clean enough", "acceptable", "better than the photos", "handy"],
-        0.0: ["on the third floor", "large", "near the station", "like any other", "recently changed", "busy"],
+        0.0: [
+            "on the third floor",
+            "large",
+            "near the station",
+            "like any other",
+            "recently changed",
+            "busy",
+        ],
         -0.8: ["dated", "a bit noisy", "cramped", "slow", "overpriced"],
         -1.8: ["dirty", "rude", "disappointing", "freezing", "badly kept", "stale"],
         -3.0: ["filthy", "a nightmare", "disgusting", "unacceptable", "infested"],
     },
 }
-_FIRST = ["The {part} was {remark}", "I found the {part} {remark}", "{Remark}, that is my word for the {part}"]
-_JOIN = {1: [", and the {part} was {remark}", "; the {part} was also {remark}"], -1: [", but the {part} was {remark}"]}
+_FIRST = [
+    "The {part} was {remark}",
+    "I found the {part} {remark}",
+    "{Remark}, that is my word for the {part}",
+]
+_JOIN = {
+    1: [", and the {part} was {remark}", "; the {part} was also {remark}"],
+    -1: [", but the {part} was {remark}"],
+}
 _LAST = [".", "!", ", I have to say.", ", in my opinion.", ". My friends agreed."]
 
 

@@ -91,7 +91,9 @@ def load(folder, network: nn.Module, *, tokenizer=None, prior=None, likelihood=N
         class_names, history, settings = card["class_names"], card["history"], card["settings"]
         names, head = card["base"], card["head"]
     except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"expected a posterior in {folder}, got one with a missing or strange entry: {error!r}") from error
+        raise ValueError(
+            f"expected a posterior in {folder}, got one with a missing or strange entry: {error!r}"
+        ) from error
     _check_base(network, set(part("head.")), names, tensors["base"])
     model = BayesianLoRA(network, **specs, **options, tokenizer=tokenizer)
     model._class_names = class_names

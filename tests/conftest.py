@@ -21,6 +21,9 @@ import pyro_lrblora as lb
 datasets.disable_progress_bars()
 transformers.logging.set_verbosity_error()
 
+# The id of a parametrised case, the same in every process.
+label = lambda value: getattr(value, "__name__", repr(value))
+
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 

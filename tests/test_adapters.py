@@ -3,7 +3,7 @@
 import pytest
 import torch
 import transformers
-from conftest import LinearNetwork, tiny_bert, token_batches
+from conftest import LinearNetwork, label, tiny_bert, token_batches
 from torch import nn
 
 import pyro_lrblora as lb
@@ -14,7 +14,14 @@ from pyro_lrblora.adapters.targets import base_weight, find_targets
 def tiny_gpt2():
     torch.manual_seed(2)
     config = transformers.GPT2Config(
-        vocab_size=60, n_embd=16, n_layer=2, n_head=2, n_positions=32, num_labels=3, pad_token_id=0, initializer_range=0.3,
+        vocab_size=60,
+        n_embd=16,
+        n_layer=2,
+        n_head=2,
+        n_positions=32,
+        num_labels=3,
+        pad_token_id=0,
+        initializer_range=0.3,
     )
     return transformers.GPT2ForSequenceClassification(config).eval()
 
@@ -59,7 +66,7 @@ def assert_same_state(before, after):
         assert torch.equal(value, after[name]) if isinstance(value, torch.Tensor) else value == after[name], name
 
 
-@pytest.mark.parametrize("adapter", ADAPTERS, ids=repr)
+@pytest.mark.parametrize("adapter", ADAPTERS, ids=label)
 @pytest.mark.parametrize("build", NETWORKS)
 def test_start_is_the_base_model_and_detach_restores_it(build, adapter):
     network = build().train()
@@ -77,7 +84,7 @@ def test_start_is_the_base_model_and_detach_restores_it(build, adapter):
     assert torch.equal(outputs.logits, base)
 
 
-@pytest.mark.parametrize("adapter", ADAPTERS, ids=repr)
+@pytest.mark.parametrize("adapter", ADAPTERS, ids=label)
 @pytest.mark.parametrize("build", NETWORKS)
 def test_update_equals_changed_weights(build, adapter):
     """The attached network against one whose weights were changed to W0 + low-rank product."""
@@ -95,7 +102,7 @@ def test_update_equals_changed_weights(build, adapter):
     assert (attached - changed).abs().max() < 1e-4
 
 
-@pytest.mark.parametrize("adapter", ADAPTERS, ids=repr)
+@pytest.mark.parametrize("adapter", ADAPTERS, ids=label)
 @pytest.mark.parametrize("build", NETWORKS)
 def test_rowwise_draws_equal_a_loop_of_single_draws(build, adapter):
     model = lb.BayesianLoRA(build(), adapter)

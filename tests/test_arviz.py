@@ -61,7 +61,10 @@ def test_several_sites_and_a_bayesian_head():
 def test_a_guide_without_density_has_no_sample_stats():
     import pyro
 
-    assert groups(fit(lb.LoRAXS(2), guide=pyro.infer.autoguide.AutoDelta).to_arviz(draws=2)) == {"posterior", "prior"}
+    assert groups(fit(lb.LoRAXS(2), guide=pyro.infer.autoguide.AutoDelta).to_arviz(draws=2)) == {
+        "posterior",
+        "prior",
+    }
 
 
 def test_arviz_reads_it(tmp_path):

@@ -18,9 +18,7 @@ def test_batches_hold_every_row_once_padded_to_the_longest():
         assert len(batches) == 5
         seen = list(batches)
         assert [len(batch["labels"]) for batch in seen] == [5, 5, 5, 5, 3]
-        texts = [
-            tokenizer.decode([i for i in row.tolist() if i]) for batch in seen for row in batch["input_ids"]
-        ]
+        texts = [tokenizer.decode([i for i in row.tolist() if i]) for batch in seen for row in batch["input_ids"]]
         assert sorted(texts) == sorted(data["text"])
         for batch in seen:
             assert batch["input_ids"].shape[1] == int(batch["attention_mask"].sum(1).max())
@@ -45,7 +43,7 @@ def test_sorting_by_length_saves_padding_and_tells_the_order():
 @pytest.mark.parametrize("names", [("premise", "hypothesis"), ("sentence1", "sentence2"), ("text",), ("review",)])
 def test_text_columns_are_found(names):
     texts = tiny_reviews(6)["text"]
-    data = datasets.Dataset.from_dict({"id": list(range(6))} | {name: texts for name in names} | {"label": [0, 1] * 3})
+    data = datasets.Dataset.from_dict({"id": list(range(6))} | dict.fromkeys(names, texts) | {"label": [0, 1] * 3})
     (batch,) = lb.Batches(data, tiny_tokenizer())
     longest = max(len(text.split()) for text in texts)
     assert batch["input_ids"].shape == (6, min(16, longest * len(names)))
@@ -66,7 +64,9 @@ def test_columns_can_be_named():
 def test_tokenised_data_sets_need_no_text():
     data, tokenizer = tiny_reviews(9), tiny_tokenizer()
     tokenised = data.map(lambda row: tokenizer(row["text"]), remove_columns=["text"])
-    for a, b in zip(lb.Batches(tokenised, tokenizer, batch_size=4), lb.Batches(data, tokenizer, batch_size=4), strict=True):
+    for a, b in zip(
+        lb.Batches(tokenised, tokenizer, batch_size=4), lb.Batches(data, tokenizer, batch_size=4), strict=True
+    ):
         assert torch.equal(a["input_ids"], b["input_ids"])
         assert torch.equal(a["labels"], b["labels"])
 

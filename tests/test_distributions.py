@@ -29,7 +29,10 @@ def random_normal(family, dim, rank, spread, seed):
 
 
 cases = given(
-    dim=st.integers(1, 12), rank=st.integers(1, 14), spread=st.sampled_from([0.0, 0.1, 1.0, 30.0]), seed=st.integers(0, 99)
+    dim=st.integers(1, 12),
+    rank=st.integers(1, 14),
+    spread=st.sampled_from([0.0, 0.1, 1.0, 30.0]),
+    seed=st.integers(0, 99),
 )
 
 

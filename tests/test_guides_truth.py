@@ -52,7 +52,12 @@ def problem():
 
 def fit(problem, guide, **options):
     """SVI until converged, on the full data."""
-    settings = {"epochs": 1500, "rates": lb.Rates(loc=0.02, scale=0.02, factor=0.02), "progress": False, "clip": None}
+    settings = {
+        "epochs": 1500,
+        "rates": lb.Rates(loc=0.02, scale=0.02, factor=0.02),
+        "progress": False,
+        "clip": None,
+    }
     return lb.fit(problem.model, [problem.batch], guide=guide, **(settings | options))
 
 
@@ -64,7 +69,10 @@ def fitted_kl(problem, posterior) -> float:
 @pytest.mark.parametrize("kl", ["closed", "mc"])
 @pytest.mark.parametrize("draws", ["row", "shared"])
 def test_diagonal_reaches_the_best_diagonal(problem, kl, draws):
-    reached, best = fitted_kl(problem, fit(problem, lb.guides.Diagonal(), kl=kl, draws=draws)), best_diagonal(problem)
+    reached, best = (
+        fitted_kl(problem, fit(problem, lb.guides.Diagonal(), kl=kl, draws=draws)),
+        best_diagonal(problem),
+    )
     assert best > 1.0  # a target a diagonal must fail on
     assert best - 1e-6 < reached < best + max(0.05 * best, 0.02)
 
@@ -147,7 +155,10 @@ def test_fisher_of_a_classifier_is_exact():
     estimated = fisher(model, batches, at, rank=32)
     torch.testing.assert_close(estimated.diagonal, exact.diagonal(), rtol=1e-3, atol=1e-5)
     torch.testing.assert_close(
-        (estimated.vectors * estimated.values) @ estimated.vectors.T, exact, rtol=1e-2, atol=1e-3 * float(exact.max())
+        (estimated.vectors * estimated.values) @ estimated.vectors.T,
+        exact,
+        rtol=1e-2,
+        atol=1e-3 * float(exact.max()),
     )
     values = torch.linalg.eigvalsh(exact).flip(0)[:5]
     torch.testing.assert_close(fisher(model, batches, at, rank=5).values, values, rtol=2e-2, atol=0)

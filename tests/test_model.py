@@ -4,7 +4,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from conftest import LinearGaussian, tiny_bert, token_batches
+from conftest import LinearGaussian, label, tiny_bert, token_batches
 from pyro import poutine
 from pyro.infer import MCMC, NUTS, SVI, Predictive, Trace_ELBO
 from pyro.infer.autoguide import AutoLowRankMultivariateNormal, AutoMultivariateNormal, AutoNormal
@@ -31,7 +31,9 @@ def loss_by_hand(model, guide, batch, steps=60, **options):
     return sum(losses[:10]) / 10, sum(losses[-10:]) / 10
 
 
-@pytest.mark.parametrize("spec", [*GUIDES, AutoNormal, AutoMultivariateNormal, AutoLowRankMultivariateNormal], ids=repr)
+@pytest.mark.parametrize(
+    "spec", [*GUIDES, AutoNormal, AutoMultivariateNormal, AutoLowRankMultivariateNormal], ids=label
+)
 def test_svi_by_hand_trains(spec):
     model = lb.BayesianLoRA(tiny_bert(), lb.LoRAXS(2), size=16)
     batch = token_batches(16, 16)[0]
@@ -39,7 +41,7 @@ def test_svi_by_hand_trains(spec):
     assert after < before - 0.5
 
 
-@pytest.mark.parametrize("spec", GUIDES[1:], ids=repr)
+@pytest.mark.parametrize("spec", GUIDES[1:], ids=label)
 def test_rowwise_svi_by_hand_trains(spec):
     model = lb.BayesianLoRA(tiny_bert(), lb.LoRAXS(2), size=16)
     guide = spec(model)
@@ -57,8 +59,8 @@ def test_svi_by_hand_trains_the_head_and_nothing_of_the_network():
     assert all(torch.equal(before[name], value) for name, value in network.state_dict().items())
 
 
-@pytest.mark.parametrize("prior", [*PRIORS, users_prior], ids=repr)
-@pytest.mark.parametrize("adapter", [lb.LoRAXS(2), lb.LoRA(2, "all-linear")], ids=repr)
+@pytest.mark.parametrize("prior", [*PRIORS, users_prior], ids=label)
+@pytest.mark.parametrize("adapter", [lb.LoRAXS(2), lb.LoRA(2, "all-linear")], ids=label)
 def test_priors_shared_and_per_row(prior, adapter):
     """Shapes, and that the log density of the latents per row is the mean over rows, the prior's own sites counted once."""
     model = lb.BayesianLoRA(tiny_bert(), adapter, prior, size=40)
@@ -77,7 +79,7 @@ def test_priors_shared_and_per_row(prior, adapter):
     assert rowwise.nodes["labels"]["scale"] == 40 / 8
 
 
-@pytest.mark.parametrize("spec", GUIDES[1:], ids=repr)
+@pytest.mark.parametrize("spec", GUIDES[1:], ids=label)
 def test_rowwise_and_shared_elbo_agree_in_expectation(spec):
     problem = LinearGaussian(rank=2)
     model, guide = problem.model, spec(problem.model)
@@ -166,7 +168,7 @@ def test_induced_sd():
         assert abs(value / (0.3 * 4 / (16 * 24) ** 0.5) - 1) < 0.05
 
 
-@pytest.mark.parametrize("prior", [*PRIORS, users_prior], ids=repr)
+@pytest.mark.parametrize("prior", [*PRIORS, users_prior], ids=label)
 def test_prior_variance(prior):
     from pyro_lrblora.priors import prior_variance
 

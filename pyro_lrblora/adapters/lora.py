@@ -78,9 +78,7 @@ class BoundLoRA:
             for site, shape in ((site_a(n), (rank, n)), (site_b(m), (m, rank))):
                 self.members.setdefault(site, []).append(name)
                 event[site] = shape
-        self.sites = LatentSites(
-            {site: torch.Size([len(names), *event[site]]) for site, names in self.members.items()}
-        )
+        self.sites = LatentSites({site: torch.Size([len(names), *event[site]]) for site, names in self.members.items()})
 
     def start(self) -> dict[str, Tensor]:
         """The latents of the pretrained network: A as drawn, B zero."""

@@ -253,7 +253,9 @@ def _check_sites(model, guide) -> None:
     wanted = set(poutine.trace(model.sample_prior).get_trace().stochastic_nodes)
     missing = sorted(wanted - set(poutine.trace(guide).get_trace().stochastic_nodes))
     if missing:
-        raise ValueError(f"expected the guide to sample every site of the prior, {type(guide).__name__} lacks {missing}")
+        raise ValueError(
+            f"expected the guide to sample every site of the prior, {type(guide).__name__} lacks {missing}"
+        )
 
 
 def _optimiser(guide, head, rates: Rates) -> torch.optim.Optimizer:

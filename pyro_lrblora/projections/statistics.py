@@ -44,9 +44,7 @@ def sum_statistics(
                 labels, observed = run(batch)
                 losses = list(score_losses(labels, observed if projection.statistics == "labels" else None))
             for position, loss in enumerate(losses):
-                gradients = torch.autograd.grad(
-                    loss, list(outputs.values()), retain_graph=position < len(losses) - 1
-                )
+                gradients = torch.autograd.grad(loss, list(outputs.values()), retain_graph=position < len(losses) - 1)
                 for name, gradient in zip(outputs, gradients, strict=True):
                     for key, value in projection.collect(_rows(inputs[name]), _rows(gradient)).items():
                         totals[name][key] = totals[name].get(key, 0) + value
