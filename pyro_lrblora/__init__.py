@@ -1,6 +1,6 @@
 """Bayesian LoRA in a projected subspace, on Pyro: fine-tune a transformer and know how sure it is."""
 
-from . import adapters, distributions, guides, infer, likelihoods, metrics, plots, priors, projections
+from . import adapters, data, distributions, guides, infer, likelihoods, metrics, plots, priors, projections
 from .adapters import LoRA, LoRAXS
 from .comparison import compare
 from .data import Batches
@@ -23,6 +23,7 @@ __all__ = [
     "ScalesNotConverged",
     "adapters",
     "compare",
+    "data",
     "distributions",
     "fit",
     "fixed_from",
