@@ -71,7 +71,7 @@ def main() -> None:
     lb.plots.reliability_diagram(predictions).savefig(args.out / "reliability.png", dpi=150)
     table.to_csv(args.out / "table.csv")
     print(
-        f"\n{time.perf_counter() - begun:.0f} s. Wrote {args.out}/: posterior/, draws.nc (ArviZ), reliability.png, table.csv"
+        f"\n{time.perf_counter() - begun:.0f} s. Wrote to {args.out}/: posterior/, draws.nc, reliability.png, table.csv"
     )
 
 
@@ -91,7 +91,7 @@ def show(table: pd.DataFrame) -> None:
     for name in ("NLL", "ECE (15 bins)", "Brier"):
         word = "lower" if posterior[name] < point[name] else "NOT lower"
         print(
-            f"{name}: {posterior[name]:.3f} with the low-rank-precision posterior, {point[name]:.3f} at the point: {word}"
+            f"{name}: {posterior[name]:.3f} with the LowRankPrecision posterior, {point[name]:.3f} at the point: {word}"
         )
 
 

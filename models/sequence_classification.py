@@ -16,7 +16,7 @@ from pyro_lrblora.networks import MeanPoolClassifier, builtin_base
 
 
 def load_splits(source: str, rows: int, validation: int, test: int, seed: int):
-    """Train, validation and test rows of a folder of parquet files or a hub data set; the test rows are never trained on."""
+    """Train, validation and test rows of a folder of parquet files or a hub data set, no row in two of them."""
     if Path(source).is_dir():
         files = {path.stem: str(path) for path in sorted(Path(source).glob("*.parquet"))}
         splits = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 
 import numpy as np
 import torch
@@ -17,9 +18,9 @@ _AXES = ("module", "row", "col")
 def to_arviz(posterior: Posterior, data=None, draws: int = 100, seed: int = 0):
     """A posterior's draws, prior draws and predictions: InferenceData on ArviZ 0.x, an xarray DataTree on 1.x.
 
-    Groups: posterior, prior and sample_stats (log_q, the guide's log density in nats, where it has one); with data also
-    posterior_predictive, and with labels log_likelihood and observed_data. Draws are independent: one chain, and no R-hat or
-    ESS to look at. Latent sites have the dims (module, row, col), with module names as coordinates.
+    Groups: posterior, prior and sample_stats (log_q, the guide's log density in nats, where it has one); with data
+    also posterior_predictive, and with labels log_likelihood and observed_data. Draws are independent: one chain, no
+    R-hat or ESS to look at. Latent sites have the dims (module, row, col), with module names as coordinates.
 
     Args:
         posterior: what a fit returned.
@@ -35,10 +36,8 @@ def to_arviz(posterior: Posterior, data=None, draws: int = 100, seed: int = 0):
         "posterior": _one_chain(samples),
         "prior": _one_chain({name: torch.stack([draw[name] for draw in prior]) for name in prior[0]}),
     }
-    try:
+    with suppress(TypeError):  # the guide has no density
         groups["sample_stats"] = _one_chain({"log_q": posterior.log_prob(samples)})
-    except TypeError:
-        pass  # the guide has no density
     if data is not None:
         batches = as_batches(data, posterior.model.tokenizer, batch_size=64, by_length=True)
         prediction = predict(posterior, batches, draws=draws, seed=seed)

@@ -36,9 +36,9 @@ def compare(
         tokenizer: for a datasets.Dataset, where a model has none.
 
     Returns:
-        A row per posterior and one per posterior mean. Columns: accuracy, NLL (nats), ECE with its bins, Brier; the parameters
-        of the posterior, the head and the share of LoRA r=8 on the same modules; seconds per training step; temperature and
-        scores at it; training NLL.
+        A row per posterior and one per posterior mean. Columns: accuracy, NLL (nats), ECE with its bins, Brier;
+        temperature and scores at it; training NLL; the parameters of the posterior, of the head, and the posterior's
+        as a share of LoRA r=8 on the same modules; seconds per training step.
     """
     if not posteriors:
         raise ValueError("expected at least one posterior, got none")

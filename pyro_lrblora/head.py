@@ -72,7 +72,7 @@ def output_layer(network: nn.Module, head: Iterable[str]) -> str | None:
 
 
 def probe_head(model, batches) -> tuple[dict[str, Tensor], float]:
-    """The model's head parameters with the output layer fitted as a linear probe, and the prior scale it was fitted with.
+    """The head's parameters with its output layer fitted as a linear probe, and the prior scale of that fit.
 
     Args:
         model: a BayesianLoRA.
@@ -144,7 +144,7 @@ def linear_probe(
     prior_scale: float,
     bias: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """Multinomial logistic regression on frozen features: the weight (C, H) and bias (C,) of greatest posterior density.
+    """Multinomial logistic regression on frozen features: the most probable weight (C, H) and bias (C,).
 
     Args:
         features: what the output layer receives for each row.

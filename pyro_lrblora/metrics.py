@@ -36,8 +36,8 @@ def ece(probs: Array, labels: Array, bins: int = 15, kind: str = "width") -> flo
         probs: (N, C).
         labels: (N,).
         bins: how many; figures with different bins are not comparable.
-        kind: "width" for bins of equal width in confidence (Guo et al. 2017), "mass" for bins of equal size, "class" for
-            the mean over classes of the equal-width error of each class's own probability (Nixon et al. 2019).
+        kind: "width" for bins of equal width in confidence (Guo et al. 2017), "mass" for bins of equal size, "class"
+            for the mean over classes of the equal-width error of each class's own probability (Nixon et al. 2019).
     """
     probs, labels = _check(probs, labels)
     if kind == "class":

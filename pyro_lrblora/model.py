@@ -25,9 +25,9 @@ from .projections.statistics import sum_statistics
 class BayesianLoRA:
     """A Pyro model of fine-tuning: the prior samples the latents, the network turns them into labels.
 
-    `model(batch)` works with SVI, Predictive, NUTS, poutine and stock autoguides; the latents are outside the data plate.
-    `model.rowwise(batch)` has a draw per row, inside the plate, for guides that declare it. `model()` samples the
-    prior alone. The network is only borrowed: nothing of it is changed by anything here.
+    `model(batch)` works with SVI, Predictive, NUTS, poutine and stock autoguides; the latents are outside the data
+    plate. `model.rowwise(batch)` has a draw per row, inside the plate, for guides that declare it. `model()` samples
+    the prior alone. The network is only borrowed: nothing of it is changed by anything here.
 
     Args:
         network: a transformers model, or any module called with the batch's tensors by name.
@@ -37,7 +37,7 @@ class BayesianLoRA:
         head: "point" (trained, no posterior), "bayesian" (a sample site per parameter), a FixedHead such as
             fixed_from(posterior), or "frozen" (the network's own values).
         head_modules: dotted names of the head's modules; None takes what stands outside a transformers model's base.
-        head_scale: standard deviation of the Normal prior on head weights, whether they are sampled, trained to a point, or
+        head_scale: standard deviation of the Normal prior on head weights, whether sampled, trained to a point, or
             fitted as the linear probe; None lets `prepare` choose it by cross-validation of the probe.
         tokenizer: used for every datasets.Dataset given to this model or its posteriors.
         size: N, the number of training rows; `prepare` and `fit` find it themselves.
@@ -347,7 +347,7 @@ class BayesianLoRA:
 
 
 class _DataPlate(pyro.plate):
-    """The data plate, which latents may enter too: each row's draw then counts 1/N, a prior's own sites stay outside."""
+    """The data plate, which latents may enter too: a row's draw then counts 1/N, a prior's own sites stay outside."""
 
     def __init__(self, size: int, rows: int, latents: set[str]):
         super().__init__("data", size=size, subsample=torch.arange(rows), dim=-1)

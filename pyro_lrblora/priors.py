@@ -3,7 +3,8 @@
 A prior is any function of the sites' shapes that samples each of them by name and returns the values:
 
     def mine(shapes):
-        return {name: pyro.sample(name, dist.Cauchy(0.0, 0.1).expand(shape).to_event()) for name, shape in shapes.items()}
+        cauchy = dist.Cauchy(0.0, 0.1)
+        return {name: pyro.sample(name, cauchy.expand(shape).to_event()) for name, shape in shapes.items()}
 
 The first axis of a shape runs over adapted modules. Sites a prior adds of its own (scales) are drawn once, whatever the
 number of rows.

@@ -1,8 +1,8 @@
 """Built-in text: short generated reviews whose label probabilities are known exactly.
 
-Each review is one to three remarks about parts of a thing. A remark carries a weight, in log-odds; the label is drawn with
-the probability that the weights add up to. So a model can be scored against the truth, not only against labels, and
-some reviews are ambiguous by construction.
+Each review is one to three remarks about parts of a thing. A remark carries a weight, in log-odds; the label is drawn
+with the probability that the weights add up to. So a model can be scored against the truth, not only against labels,
+and some reviews are ambiguous by construction.
 """
 
 from __future__ import annotations
@@ -11,34 +11,8 @@ import datasets
 import numpy as np
 
 _PARTS = {
-    "films": [
-        "plot",
-        "acting",
-        "soundtrack",
-        "dialogue",
-        "ending",
-        "pacing",
-        "script",
-        "camera work",
-        "cast",
-        "villain",
-        "opening scene",
-        "humour",
-    ],
-    "hotels": [
-        "room",
-        "breakfast",
-        "staff",
-        "bed",
-        "pool",
-        "bathroom",
-        "location",
-        "lobby",
-        "view",
-        "service",
-        "restaurant",
-        "check-in",
-    ],
+    "films": "plot, acting, soundtrack, dialogue, ending, pacing, script, camera, cast, villain, first scene, humour",
+    "hotels": "room, breakfast, staff, bed, pool, bathroom, location, lobby, view, service, restaurant, check-in",
 }
 _REMARKS = {
     "films": {
@@ -117,15 +91,13 @@ def reviews(rows: int, seed: int = 0, domain: str = "films") -> datasets.Dataset
 def _review(generator: np.random.Generator, domain: str) -> tuple[str, float]:
     """A text and its log-odds of being positive."""
     count = generator.integers(1, 4)
-    parts = generator.choice(_PARTS[domain], size=count, replace=False)
+    parts = generator.choice(_PARTS[domain].split(", "), size=count, replace=False)
     strengths = generator.choice(list(_REMARKS[domain]), size=count)
     text, total = "", 0.0
     for position, (part, strength) in enumerate(zip(parts, strengths, strict=True)):
         remark = str(generator.choice(_REMARKS[domain][strength]))
-        if position == 0:
-            form = generator.choice(_FIRST)
-        else:
-            form = generator.choice(_JOIN[-1 if total * strength < 0 else 1])
+        joined = _JOIN[-1 if total * strength < 0 else 1]
+        form = generator.choice(joined if position else _FIRST)
         text += form.format(part=part, remark=remark, Remark=remark[0].upper() + remark[1:])
         total += float(strength)
     return text + str(generator.choice(_LAST)), total

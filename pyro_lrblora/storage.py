@@ -144,8 +144,8 @@ def _check_base(network: nn.Module, head: set[str], names: list[str], saved: Ten
     if found != names:
         different = sorted(set(found) ^ set(names))[:3]
         raise ValueError(
-            f"expected the base this posterior was fitted on, got a {type(network).__name__} with other parameters, such "
-            f"as {different}"
+            f"expected the base this posterior was fitted on, got a {type(network).__name__} with other parameters, "
+            f"such as {different}"
         )
     # Looser than bit for bit, so that the same base in bf16 is the same base.
     wrong = [n for n, a, b in zip(names, here, saved, strict=True) if (a - b).norm() > 0.02 * b.norm() + 1e-6]

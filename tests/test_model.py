@@ -1,4 +1,4 @@
-"""The Pyro model by hand, the head, and the four traps of DESIGN: base weights, param store, two fits, hand-written SVI."""
+"""The Pyro model by hand (SVI, Predictive, NUTS, poutine), its head and its priors."""
 
 import pyro
 import pyro.distributions as dist
@@ -62,7 +62,7 @@ def test_svi_by_hand_trains_the_head_and_nothing_of_the_network():
 @pytest.mark.parametrize("prior", [*PRIORS, users_prior], ids=label)
 @pytest.mark.parametrize("adapter", [lb.LoRAXS(2), lb.LoRA(2, "all-linear")], ids=label)
 def test_priors_shared_and_per_row(prior, adapter):
-    """Shapes, and that the log density of the latents per row is the mean over rows, the prior's own sites counted once."""
+    """Shapes; the latents' log density per row is the mean over rows, the prior's own sites count once."""
     model = lb.BayesianLoRA(tiny_bert(), adapter, prior, size=40)
     batch = token_batches(8)[0]
     shared = poutine.trace(model).get_trace(batch)

@@ -104,7 +104,9 @@ def test_each_draw_is_one_function():
     """The same rows in other batches get the same logits, draw by draw."""
     posterior = fit(lb.guides.LowRank(2))
     whole = lb.predict(posterior, token_batches(40, 40), draws=4)
-    parts = lb.predict(posterior, [{k: v[i : i + 10] for k, v in token_batches(40, 40)[0].items()} for i in range(0, 40, 10)], draws=4)  # fmt: skip
+    (rows,) = token_batches(40, 40)
+    tens = [{name: value[i : i + 10] for name, value in rows.items()} for i in range(0, 40, 10)]
+    parts = lb.predict(posterior, tens, draws=4)
     torch.testing.assert_close(whole.logits, parts.logits, atol=1e-5, rtol=1e-4)
 
 

@@ -25,7 +25,7 @@ def builtin():
 
 
 def test_a_posterior_beats_the_point_on_held_out_reviews(builtin):
-    """The demo's claim, small: lower NLL than the point fit of the same adapter, and closer to the true probabilities."""
+    """The demo's claim, small: lower NLL than the point fit of the same adapter, and closer to the truth."""
     network, tokenizer = builtin
     before = {name: value.clone() for name, value in network.state_dict().items()}
     train, test = reviews(240, seed=1), reviews(300, seed=3)
@@ -51,7 +51,9 @@ def test_mean_pooling_ignores_padding(builtin):
     network, tokenizer = builtin
     network.classifier.weight.data.normal_()
     alone = tokenizer(["a gripping film"], return_tensors="pt")
-    padded = tokenizer(["a gripping film", "a much longer review of some other film"], padding=True, return_tensors="pt")
+    padded = tokenizer(
+        ["a gripping film", "a much longer review of some other film"], padding=True, return_tensors="pt"
+    )
     with torch.no_grad():
         first, both = network.eval()(**alone).logits, network(**padded).logits
     torch.testing.assert_close(first[0], both[0], atol=1e-5, rtol=1e-4)
@@ -98,10 +100,31 @@ def test_a_real_decoder(shared, tmp_path):
 
 def test_the_scripts_run(builtin, shared, tmp_path):
     """models/sequence_classification.py end to end, on a folder of parquet files."""
-    command = [sys.executable, str(ROOT / "models" / "sequence_classification.py"), "--data", str(shared / "data" / "sst2")]
-    small = ["--rows", "64", "--test-rows", "64", "--epochs", "1", "--draws", "2", "--layers", "5", "--prior", "LayerScale"]
+    command = [
+        sys.executable,
+        str(ROOT / "models" / "sequence_classification.py"),
+        "--data",
+        str(shared / "data" / "sst2"),
+    ]
+    small = [
+        "--rows",
+        "64",
+        "--test-rows",
+        "64",
+        "--epochs",
+        "1",
+        "--draws",
+        "2",
+        "--layers",
+        "5",
+        "--prior",
+        "LayerScale",
+    ]
     done = subprocess.run(
-        command + small + ["--guide", "LowRank", "--out", str(tmp_path / "saved")], capture_output=True, text=True, check=False
+        command + small + ["--guide", "LowRank", "--out", str(tmp_path / "saved")],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert "ECE (15 bins)" in done.stdout

@@ -21,6 +21,8 @@ import pyro_lrblora as lb
 
 pytestmark = pytest.mark.filterwarnings("ignore::pyro_lrblora.ScalesNotConverged")
 
+STOCK = [AutoNormal, AutoMultivariateNormal, AutoLowRankMultivariateNormal, AutoIAFNormal]
+
 
 def fit(model, train=None, **options):
     return lb.fit(model, token_batches() if train is None else train, **({"epochs": 2, "progress": False} | options))
@@ -32,7 +34,7 @@ def same_posterior(a, b):
     return heads and all(torch.equal(first[k], second[k]) for k in first)
 
 
-@pytest.mark.parametrize("guide", [*GUIDES, AutoNormal, AutoMultivariateNormal, AutoLowRankMultivariateNormal, AutoIAFNormal], ids=label)  # fmt: skip
+@pytest.mark.parametrize("guide", [*GUIDES, *STOCK], ids=label)
 @pytest.mark.parametrize("head", ["point", "bayesian"])
 def test_network_model_and_param_store_are_left_alone(guide, head):
     network = tiny_bert().train()

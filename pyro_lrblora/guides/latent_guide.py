@@ -81,7 +81,7 @@ class LatentGuide(PyroModule):
         return self(batch, per_row=True)
 
     def starting_point(self, model) -> tuple[Tensor, Tensor]:
-        """Where parameters begin without a warm start: the pretrained network's latents (D,) and the prior's sd (D,)."""
+        """Where parameters begin without a warm start: the pretrained network's latents, the prior's sd; both (D,)."""
         variance = prior_variance(model.sample_prior, self.sites.shapes)
         return self.sites.join(model.start()), self.sites.join(variance).sqrt()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import uuid
 from collections.abc import Mapping
 
 import torch
@@ -26,13 +27,7 @@ def build_guide(spec, model, start_scale: float | None = None) -> nn.Module:
     Raises:
         TypeError: a guide already built, or something that cannot be called.
     """
-    if isinstance(spec, nn.Module):
-        raise TypeError(
-            f"expected a guide spec such as guides.LowRank(rank=8) or a class such as AutoNormal, got a built "
-            f"{type(spec).__name__}, which belongs to the model it was built on"
-        )
-    if not callable(spec):
-        raise TypeError(f"expected a guide spec such as guides.LowRank(rank=8), got {spec!r}")
+    check_guide_spec(spec)
     options = {}
     if isinstance(spec, type) and issubclass(spec, AutoGuide):
         accepted = inspect.signature(spec).parameters
@@ -45,9 +40,20 @@ def build_guide(spec, model, start_scale: float | None = None) -> nn.Module:
         raise TypeError(f"expected {spec!r} to return a guide that is a PyroModule, got {type(guide).__name__}")
     if not isinstance(guide, LatentGuide):
         # Pyro names every autoguide after its class: two in one process would share parameters.
-        guide._pyro_name = f"{type(guide).__name__}_{id(guide):x}"
+        guide._pyro_name = f"{type(guide).__name__}_{uuid.uuid4().hex[:8]}"
         guide()
     return guide
+
+
+def check_guide_spec(spec) -> None:
+    """Raise a TypeError for a guide already built, or something that cannot be called."""
+    if isinstance(spec, nn.Module):
+        raise TypeError(
+            f"expected a guide spec such as guides.LowRank(rank=8) or a class such as AutoNormal, got a built "
+            f"{type(spec).__name__}, which belongs to the model it was built on"
+        )
+    if not callable(spec):
+        raise TypeError(f"expected a guide spec such as guides.LowRank(rank=8), got {spec!r}")
 
 
 def stock_log_prob(guide: AutoGuide, samples: Mapping[str, Tensor]) -> Tensor:

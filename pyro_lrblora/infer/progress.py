@@ -17,7 +17,7 @@ class ScalesNotConverged(UserWarning):
 
 
 def multiplier(schedule: str, warmup: float, total: int) -> Callable[[int], float]:
-    """The factor on the learning rate at each step: linear warm-up over the share `warmup` of all steps, then the schedule."""
+    """The factor on the learning rate at each step: linear warm-up over a share of all steps, then the schedule."""
     rising = max(1, round(warmup * total))
 
     def factor(step: int) -> float:
@@ -32,23 +32,23 @@ def multiplier(schedule: str, warmup: float, total: int) -> Callable[[int], floa
 class ScaleWatch:
     """Follows the mean log standard deviation of a guide against the learning rate spent.
 
-    A decaying schedule makes everything look converged at the end. So the drift is measured over the last quarter of the
-    learning rate spent and given per epoch at the full rate.
+    A decaying schedule makes everything look converged at the end. So the drift is measured over the last quarter of
+    the learning rate spent and given per epoch at the full rate.
     """
 
     def __init__(self):
         self._points: list[tuple[float, float]] = []
 
-    def record(self, guide, pace: float) -> float | None:
-        """Note the guide's scales after `pace` epochs' worth of full-rate steps; returns the mean log sd."""
+    def record(self, guide, spent: float) -> float | None:
+        """Note the guide's scales after `spent` more epochs' worth of full-rate steps; returns the mean log sd."""
         if not isinstance(guide, LatentGuide):
             return None
         variance = guide.distribution().variance.detach()
         if not (variance > 0).all():
             return None
         level = float(variance.log().mean() / 2)
-        spent = self._points[-1][0] if self._points else 0.0
-        self._points.append((spent + pace, level))
+        before = self._points[-1][0] if self._points else 0.0
+        self._points.append((before + spent, level))
         return level
 
     @property

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from ..data import as_batches, naming_the_batch
 from ..fisher import fisher
 from ..guides import Curvature, Delta, LatentGuide, LowRankPrecision
-from ..guides.stock import build_guide
+from ..guides.stock import build_guide, check_guide_spec
 from ..metrics import nll
 from ..model import BayesianLoRA
 from ..posterior import Posterior, fixed_from, local_parameters
@@ -128,6 +128,7 @@ def svi(
             raise ValueError(f"expected {name} to be an integer >= 1, got {name}={value!r}")
     if patience is not None and validation is None:
         raise ValueError("expected validation= with patience=: early stopping needs rows that are not trained on")
+    check_guide_spec(guide)
     tokenizer = tokenizer or model.tokenizer
     train = as_batches(train, tokenizer, batch_size=batch_size, shuffle=seed)
     model.check_labels(train, "training data")
@@ -155,15 +156,28 @@ def svi(
         program, proposal = (model.rowwise, fitted.rowwise) if per_row else (model, fitted)
         elbo = PartedELBO(closed, model.sites.shapes)
         settings = {
-            "method": "svi", "epochs": epochs, "steps": steps, "batch_size": batch_size, "rates": vars(rates),
-            "schedule": schedule, "warmup": warmup, "clip": clip, "map_epochs": map_epochs, "warm_start": warm_start, "kl": "closed" if closed else "mc",
-            "draws": "row" if per_row else "shared", "accumulate": accumulate, "patience": patience,
-            "seed": seed, "precision": precision,
-        }  # fmt: skip
+            "method": "svi",
+            "epochs": epochs,
+            "steps": steps,
+            "batch_size": batch_size,
+            "rates": vars(rates),
+            "schedule": schedule,
+            "warmup": warmup,
+            "clip": clip,
+            "map_epochs": map_epochs,
+            "warm_start": warm_start,
+            "kl": "closed" if closed else "mc",
+            "draws": "row" if per_row else "shared",
+            "accumulate": accumulate,
+            "patience": patience,
+            "seed": seed,
+            "precision": precision,
+        }
         posterior = Posterior(model, fitted, guide, [], settings)
         total = steps or epochs * math.ceil(len(train) / accumulate)
         optimiser = _optimiser(fitted, model.point_head, rates)
-        scheduler = LambdaLR(optimiser, multiplier(schedule, warmup, total))
+        pace = multiplier(schedule, warmup, total)
+        scheduler = LambdaLR(optimiser, pace)
         watch, best = ScaleWatch(), BestState(posterior)
         watch.record(fitted, 0.0)
 
@@ -171,7 +185,7 @@ def svi(
         step = epoch = 0
         stop = False
         while step < total and not stop:
-            epoch, bounds, begun, pace = epoch + 1, [], time.perf_counter(), 0.0
+            epoch, bounds, begun, spent = epoch + 1, [], time.perf_counter(), 0.0
             for position, batch in enumerate(train):
                 with model.attached(precision), naming_the_batch(position, epoch):
                     loss = elbo.differentiable_loss(program, proposal, batch)
@@ -186,7 +200,7 @@ def svi(
                     torch.nn.utils.clip_grad_norm_(_parameters(optimiser), clip)
                 optimiser.step()
                 optimiser.zero_grad()
-                pace += scheduler.get_last_lr()[0] / max(optimiser.defaults["lr"], 1e-30) / len(train) * accumulate
+                spent += pace(step) * accumulate / len(train)
                 scheduler.step()
                 step += 1
                 bar.update()
@@ -195,7 +209,7 @@ def svi(
             mean = lambda part, of=bounds: sum(getattr(bound, part) for bound in of) / len(of)
             row = {
                 "epoch": epoch, "step": step, "elbo": mean("elbo") / model.size, "kl": mean("kl"),
-                "log_likelihood": mean("log_likelihood") / model.size, "mean_log_sd": watch.record(fitted, pace),
+                "log_likelihood": mean("log_likelihood") / model.size, "mean_log_sd": watch.record(fitted, spent),
                 "seconds": time.perf_counter() - begun,
             }  # fmt: skip
             if validation is not None:
@@ -205,14 +219,14 @@ def svi(
             # A point has no bound: what is maximised is the log joint.
             names = ("log joint/row", "-log prior") if posterior.is_point else ("ELBO/row", "KL")
             bar.set_postfix({"epoch": epoch, names[0]: f"{row['elbo']:.3f}", names[1]: f"{row['kl']:.1f}"})
-            stop = any([callback(row, posterior) for callback in callbacks]) or stop
+            stop = any([stop, *(callback(row, posterior) for callback in callbacks)])
         bar.close()
     if patience is not None:
         best.restore()
     elif watch.drift > DRIFT:
         warnings.warn(
-            f"the scales had not converged: their mean logarithm still moved by {watch.drift:.2f} per epoch at the full rate "
-            f"(converged is below {DRIFT}); train longer or raise rates.scale={rates.scale}",
+            f"the scales had not converged: their mean logarithm still moved by {watch.drift:.2f} per epoch at the "
+            f"full rate (converged is below {DRIFT}); train longer or raise rates.scale={rates.scale}",
             ScalesNotConverged,
             stacklevel=3,
         )
@@ -224,7 +238,7 @@ def _in_subspace(model: BayesianLoRA, init: Posterior | None, train, tokenizer) 
     if init is not None:
         if model.prepared and model.adapted is not init.model.adapted:
             raise ValueError(
-                "expected init= to be fitted in the same subspace, got another; fit both from one model = model.prepare(train)"
+                "expected init= to be fitted in the same subspace, got another; fit both from one model.prepare(train)"
             )
         model = model.in_subspace_of(init.model, fixed_from(init).values)
     elif not model.prepared:
@@ -277,8 +291,8 @@ def _per_row(draws: str, guide, entries: int) -> bool:
     declared = getattr(guide, "rowwise", None) is not None
     if draws == "row" and not declared:
         raise TypeError(
-            f"expected a guide that declares `rowwise` for draws='row', got {type(guide).__name__}, which would silently "
-            "become one guide per row; write draws='shared'"
+            f"expected a guide that declares `rowwise` for draws='row', got {type(guide).__name__}, which would "
+            "silently become one guide per row; write draws='shared'"
         )
     return declared and (draws == "row" or (draws == "auto" and entries <= _ROWWISE_ENTRIES))
 

@@ -1,4 +1,4 @@
-"""Directions in which the loss wants to move the pretrained weight (after LoRA-GA, Wang et al. 2024, arXiv 2407.05000)."""
+"""Directions in which the loss wants to move the pretrained weight (after LoRA-GA, arXiv 2407.05000)."""
 
 from __future__ import annotations
 

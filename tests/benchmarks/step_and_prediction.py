@@ -93,7 +93,9 @@ def main() -> None:
         if "LowRank" in name:
             predictions[f"{name}, 10 draws"] = predict
     modules = len(lb.BayesianLoRA(builtin_base(2)[0], xs).modules)
-    print(f"MiniLM, {modules} modules, r = {args.rank}, batch {args.batch_size} x {batch['input_ids'].shape[1]} tokens,")
+    print(
+        f"MiniLM, {modules} modules, r = {args.rank}, batch {args.batch_size} x {batch['input_ids'].shape[1]} tokens,"
+    )
     print(f"{torch.get_num_threads()} threads, median of {args.repeats} rounds\n")
     print(table(steps, args.repeats, "training step").to_string(float_format="{:.3f}".format), "\n")
     print(table(predictions, args.repeats, "prediction").to_string(float_format="{:.3f}".format))
