@@ -20,8 +20,8 @@ from pyro_lrblora.reviews import reviews
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("out"))
-    parser.add_argument("--rows", type=int, default=400, help="training rows")
-    parser.add_argument("--epochs", type=int, default=6)
+    parser.add_argument("--rows", type=int, default=300, help="training rows")
+    parser.add_argument("--epochs", type=int, default=12)
     parser.add_argument("--draws", type=int, default=10)
     parser.add_argument("--prior-scale", type=float, default=0.1)
     parser.add_argument("--seed", type=int, default=0)

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from . import likelihoods, priors
 from .adapters import LoRAXS
 from .adapters.attach import Attachment
+from .adapters.statistics import sum_statistics
 from .adapters.targets import base_weight, check_rank, find_targets
 from .data import Batch, as_batches, batch_rows
 from .head import FixedHead, PointHead, head_parameters, output_layer, probe_head
-from .projections.statistics import sum_statistics
 
 
 class BayesianLoRA:

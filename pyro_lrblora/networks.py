@@ -58,5 +58,6 @@ def builtin_base(num_labels: int = 2) -> tuple[MeanPoolClassifier, object]:
     digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
     if digest != _MINILM_SHA256:
         raise ValueError(f"expected MiniLM weights with sha256 {_MINILM_SHA256}, got {digest} in {folder}")
-    encoder = AutoModel.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+    # Without BERT's pooler, which mean pooling does not read.
+    encoder = AutoModel.from_pretrained(folder, dtype=torch.float32, local_files_only=True, add_pooling_layer=False)
     return MeanPoolClassifier(encoder, num_labels), AutoTokenizer.from_pretrained(folder, local_files_only=True)

@@ -100,3 +100,15 @@ def test_same_seed_same_subspace():
     first, again, other = (subspace(seed).adapted.tensors() for seed in (1, 1, 2))
     assert all(torch.equal(first[k], again[k]) for k in first)
     assert not any(torch.equal(first[k], other[k]) for k in first)
+
+
+def test_modules_the_logits_do_not_read_are_named():
+    """Mean pooling ignores BERT's pooler: a basis all the same, and a warning."""
+    from pyro_lrblora.networks import MeanPoolClassifier
+
+    network = MeanPoolClassifier(tiny_bert().bert, 3)
+    model = lb.BayesianLoRA(network, lb.LoRAXS(2, P.Gradient(), "all-linear"))
+    with pytest.warns(UserWarning, match=r"do not depend on \['encoder.pooler.dense'\]"):
+        prepared = model.prepare(token_batches())
+    basis = prepared.adapted.bases["encoder.pooler.dense"]
+    torch.testing.assert_close(basis.A @ basis.A.T, torch.eye(2))

@@ -14,9 +14,10 @@ import pandas as pd
 import peft
 import pyro
 import torch
+import transformers
 
 import pyro_lrblora as lb
-from pyro_lrblora.infer.elbo import PartedELBO
+from pyro_lrblora.infer.elbo import PartedELBO, has_closed_form
 from pyro_lrblora.networks import builtin_base
 from pyro_lrblora.posterior import local_parameters
 from pyro_lrblora.reviews import reviews
@@ -44,13 +45,20 @@ def peft_step(batch, rank: int):
     return step, forward
 
 
+def base_forward(batch):
+    """A forward of the network without any adapter."""
+    network = builtin_base(2)[0].eval()
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    return torch.no_grad()(lambda: network(**inputs))
+
+
 def our_step(batch, adapter, guide, per_row: bool):
     """One step of SVI as `fit` makes it; and a 10-draw prediction."""
     network, _ = builtin_base(2)
     with pyro.settings.context(module_local_params=True):
         model = lb.BayesianLoRA(network, adapter, size=1000)
         fitted = guide(model)
-    elbo = PartedELBO(closed_form=True, sites=model.sites.shapes)
+        elbo = PartedELBO(has_closed_form(model, fitted), model.sites.shapes)
     parameters = [*fitted.parameters(), *model.point_head.parameters()]
     optimiser = torch.optim.Adam(parameters, lr=1e-4)
     program, proposal = (model.rowwise, fitted.rowwise) if per_row else (model, fitted)
@@ -76,11 +84,13 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=8)
     args = parser.parse_args()
     warnings.simplefilter("ignore")
+    transformers.utils.logging.disable_progress_bar()
     _, tokenizer = builtin_base(2)
     batch = next(iter(lb.Batches(reviews(args.batch_size), tokenizer, batch_size=args.batch_size)))
     xs, guides = lb.LoRAXS(args.rank, targets="all-linear"), lb.guides
     step, forward = peft_step(batch, args.rank)
-    steps, predictions = {"PEFT LoRA": step}, {"PEFT LoRA, one forward": forward}
+    plain = base_forward(batch)
+    steps, predictions = {"PEFT LoRA": step}, {"base, one forward": plain, "PEFT LoRA, one forward": forward}
     for name, adapter, guide, per_row in (
         ("LoRA, Delta", lb.LoRA(args.rank, "all-linear"), guides.Delta(), False),
         ("LoRA-XS, Delta", xs, guides.Delta(), False),

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from ..scores import score_losses
+from .targets import base_weight
 
 
 def sum_statistics(
@@ -44,14 +46,27 @@ def sum_statistics(
                 labels, observed = run(batch)
                 losses = list(score_losses(labels, observed if projection.statistics == "labels" else None))
             for position, loss in enumerate(losses):
-                gradients = torch.autograd.grad(loss, list(outputs.values()), retain_graph=position < len(losses) - 1)
+                gradients = torch.autograd.grad(
+                    loss, list(outputs.values()), retain_graph=position < len(losses) - 1, allow_unused=True
+                )
                 for name, gradient in zip(outputs, gradients, strict=True):
+                    if gradient is None:
+                        continue
                     for key, value in projection.collect(_rows(inputs[name]), _rows(gradient)).items():
                         totals[name][key] = totals[name].get(key, 0) + value
             inputs.clear(), outputs.clear()
     finally:
         for handle in handles:
             handle.remove()
+    unread = [name for name, total in totals.items() if not total]
+    for name in unread:
+        m, n = base_weight(modules[name]).shape
+        totals[name] = dict(projection.collect(torch.zeros(1, 1, n), torch.zeros(1, 1, m)))
+    if unread:
+        warnings.warn(
+            f"the logits do not depend on {unread}: their latents will keep the prior; leave them out of targets=",
+            stacklevel=3,
+        )
     return totals
 
 
