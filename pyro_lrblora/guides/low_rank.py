@@ -26,8 +26,7 @@ class LowRank:
     start_scale: float = 0.1
 
     def __post_init__(self):
-        if self.rank < 1:
-            raise ValueError(f"expected rank >= 1, got rank={self.rank}; for no factor write Diagonal()")
+        check_columns(self.rank)
 
     def __call__(self, model) -> LowRankGuide:
         return LowRankGuide(model, self.rank, self.start_scale)
@@ -36,11 +35,7 @@ class LowRank:
 class LowRankGuide(LatentGuide):
     def __init__(self, model, rank: int, start_scale: float):
         super().__init__(model)
-        loc, prior_sd = self.starting_point(model)
-        self.loc = nn.Parameter(loc)
-        self.scale = PyroParam(start_scale * prior_sd, constraints.positive)
-        # In units of the scale, so that one learning rate means the same under any prior.
-        self.factor = nn.Parameter(start_factor(loc, rank))
+        self.loc, self.scale, self.factor = low_rank_parameters(self, model, rank, start_scale)
 
     def distribution(self) -> LowRankNormal:
         scale = self.scale
@@ -65,10 +60,18 @@ class LowRankGuide(LatentGuide):
         self.factor.data.copy_(vectors * (values - 1).clamp(min=1e-4).sqrt())
 
 
-def start_factor(loc: Tensor, rank: int) -> Tensor:
-    """A small random (D, K) factor: at exactly zero every column would have the same gradient."""
-    generator = torch.Generator().manual_seed(0)
-    return (1e-2 * torch.randn(loc.numel(), rank, generator=generator)).to(loc)
+def low_rank_parameters(guide: LatentGuide, model, rank: int, start_scale: float):
+    """loc (D,), scale (D,) and factor (D, K), the factor in units of the scale: one rate suits any prior."""
+    loc, prior_sd = guide.starting_point(model)
+    # Small and random: at exactly zero every column would have the same gradient.
+    factor = 1e-2 * torch.randn(loc.numel(), rank, generator=torch.Generator().manual_seed(0)).to(loc)
+    return nn.Parameter(loc), PyroParam(start_scale * prior_sd, constraints.positive), nn.Parameter(factor)
+
+
+def check_columns(rank: int) -> None:
+    """Raise a ValueError unless a factor has at least one column."""
+    if rank < 1:
+        raise ValueError(f"expected rank >= 1, got rank={rank}; for no factor write Diagonal()")
 
 
 def _leading_eigenvectors(diagonal: Tensor, factor: Tensor, count: int) -> tuple[Tensor, Tensor]:

@@ -4,13 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pyro.nn import PyroParam
-from torch import nn
-from torch.distributions import constraints
-
 from ..distributions import LowRankPrecisionNormal
 from .latent_guide import Curvature, LatentGuide
-from .low_rank import start_factor
+from .low_rank import check_columns, low_rank_parameters
 
 
 @dataclass(frozen=True)
@@ -29,8 +25,7 @@ class LowRankPrecision:
     start_scale: float = 0.1
 
     def __post_init__(self):
-        if self.rank < 1:
-            raise ValueError(f"expected rank >= 1, got rank={self.rank}; for no factor write Diagonal()")
+        check_columns(self.rank)
 
     def __call__(self, model) -> LowRankPrecisionGuide:
         return LowRankPrecisionGuide(model, self.rank, self.start_scale)
@@ -39,10 +34,7 @@ class LowRankPrecision:
 class LowRankPrecisionGuide(LatentGuide):
     def __init__(self, model, rank: int, start_scale: float):
         super().__init__(model)
-        loc, prior_sd = self.starting_point(model)
-        self.loc = nn.Parameter(loc)
-        self.scale = PyroParam(start_scale * prior_sd, constraints.positive)
-        self.factor = nn.Parameter(start_factor(loc, rank))
+        self.loc, self.scale, self.factor = low_rank_parameters(self, model, rank, start_scale)
 
     def distribution(self) -> LowRankPrecisionNormal:
         scale = self.scale

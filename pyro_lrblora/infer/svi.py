@@ -181,7 +181,7 @@ def svi(
         watch, best = ScaleWatch(), BestState(posterior)
         watch.record(fitted, 0.0)
 
-        bar = tqdm(total=total, disable=not progress, desc=type(fitted).__name__, unit="step")
+        bar = tqdm(total=total, disable=not progress, desc=type(fitted).__name__.removesuffix("Guide"), unit="step")
         step = epoch = 0
         stop = False
         while step < total and not stop:
