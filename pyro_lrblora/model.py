@@ -19,6 +19,7 @@ from .adapters.attach import Attachment
 from .adapters.statistics import sum_statistics
 from .adapters.targets import base_weight, check_rank, find_targets
 from .data import Batch, as_batches, batch_rows
+from .data_plate import DataPlate
 from .head import FixedHead, PointHead, head_parameters, output_layer, probe_head
 
 
@@ -216,7 +217,7 @@ class BayesianLoRA:
             finally:
                 self._attachment, self._precision = None, "fp32"
 
-    def data_plate(self, batch: Batch) -> _DataPlate:
+    def data_plate(self, batch: Batch) -> DataPlate:
         """The plate over a batch of B rows out of N."""
         rows = batch_rows(batch)
         if self.size is None and batch.get("labels") is not None:
@@ -224,7 +225,7 @@ class BayesianLoRA:
                 "expected to know the number of training rows N, which a batch cannot tell; write "
                 "model.prepare(train) or BayesianLoRA(..., size=N)"
             )
-        return _DataPlate(self.size or rows, rows, {*self.sites.shapes, "_latents"})
+        return DataPlate(self.size or rows, rows, {*self.sites.shapes, "_latents"})
 
     def label_distribution(self, outputs, batch: Batch) -> dist.TorchDistribution:
         """The distribution the likelihood gives the labels, batch shape (B,)."""
@@ -344,28 +345,3 @@ class BayesianLoRA:
         autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=self._precision == "bf16")
         with autocast:
             return self.network(**inputs)
-
-
-class _DataPlate(pyro.plate):
-    """The data plate, which latents may enter too: a row's draw then counts 1/N, a prior's own sites stay outside."""
-
-    def __init__(self, size: int, rows: int, latents: set[str]):
-        super().__init__("data", size=size, subsample=torch.arange(rows), dim=-1)
-        self._names, self._for_latents = latents, False
-
-    @contextmanager
-    def latents(self):
-        """The plate as the latents see it."""
-        self._for_latents = True
-        try:
-            with self:
-                yield
-        finally:
-            self._for_latents = False
-
-    def _process_message(self, msg):
-        if not self._for_latents:
-            super()._process_message(msg)
-        elif msg["name"] in self._names:
-            super()._process_message(msg)
-            msg["scale"] = msg["scale"] / self.size
