@@ -169,7 +169,7 @@ class BayesianLoRA:
         return values
 
     def head_values(self) -> dict[str, Tensor]:
-        """The parameters of a point or fixed head by dotted name, empty otherwise."""
+        """The parameters of a point, fixed or frozen head by dotted name; empty where the head is Bayesian."""
         return self._fixed_head if self.point_head is None else self.point_head()
 
     def head_penalty(self, head: Mapping[str, Tensor]) -> Tensor | float:
@@ -330,6 +330,8 @@ class BayesianLoRA:
         self._fixed_head = {}
         if isinstance(head, FixedHead):
             self._fixed_head = {name: value.to(self.device) for name, value in head.values.items()}
+        elif head == "frozen":
+            self._fixed_head = {name: self.network.get_parameter(name).detach() for name in start}
         # A name of its own, so that two heads never meet in Pyro's param store.
         name = f"head_{uuid.uuid4().hex[:8]}"
         self.point_head = PointHead(self.head_start, name) if head == "point" and start else None

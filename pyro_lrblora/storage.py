@@ -101,7 +101,7 @@ def load(folder, network: nn.Module, *, tokenizer=None, prior=None, likelihood=N
     # In the network's order, which is the order draws are made in; the file's is alphabetical.
     saved = part("head.")
     values = {name: saved[name] for name in model.head_start}
-    model._set_head(FixedHead(values) if head == "fixed" else head, values)
+    model._set_head(FixedHead(values) if head in ("fixed", "frozen") else head, values)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         fitted = build_guide(spec, model)

@@ -215,7 +215,7 @@ def test_staged_by_hand():
     model = lb.BayesianLoRA(tiny_bert(), lb.LoRAXS(2, lb.projections.Gradient())).prepare(token_batches())
     still = {"rates": lb.Rates(0, 0, 0, 0), "epochs": 1}
     posterior = fit(model, guide=lb.guides.Delta(), rates=lb.Rates(loc=0.05))
-    for guide in (lb.guides.Diagonal(), lb.guides.LowRankPrecision(2), lb.guides.LowRank(2)):
+    for guide in (lb.guides.Diagonal(), lb.guides.LowRankPrecision(2), lb.guides.LowRank(2), AutoNormal):
         staged = fit(model, guide=guide, init=posterior, **still)
         torch.testing.assert_close(staged.mean()["R"], posterior.mean()["R"])
         assert all(torch.equal(staged.head()[k], posterior.head()[k]) for k in posterior.head())
@@ -223,9 +223,12 @@ def test_staged_by_hand():
     other = lb.BayesianLoRA(tiny_bert(), lb.LoRAXS(2, lb.projections.Random())).prepare(token_batches())
     with pytest.raises(ValueError, match="same subspace"):
         fit(other, init=posterior)
-    # A model that has no subspace yet takes that of init.
+    # A model that has no subspace yet takes that of init; a frozen head can be trained on from there.
     adopted = fit(lb.BayesianLoRA(tiny_bert(), model.adapter), init=posterior, **still)
     assert adopted.model.adapted is model.adapted
+    frozen = fit(lb.BayesianLoRA(tiny_bert(), model.adapter, head="frozen"))
+    trained = fit(lb.BayesianLoRA(tiny_bert(), model.adapter), init=frozen, **still)
+    assert torch.equal(trained.head()["classifier.weight"], tiny_bert().classifier.weight)
 
 
 def test_map_epochs_move_the_start():

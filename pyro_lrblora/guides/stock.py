@@ -14,15 +14,16 @@ from torch.distributions import Normal, biject_to
 from .latent_guide import LatentGuide
 
 
-def build_guide(spec, model, start_scale: float | None = None) -> nn.Module:
+def build_guide(spec, model, start_scale: float | None = None, start: Mapping[str, Tensor] | None = None) -> nn.Module:
     """A guide from a spec, a guide class, or any callable from a model to a guide.
 
-    A stock autoguide class starts at the pretrained network and, where it takes an init_scale, at `start_scale`.
+    A stock autoguide class starts at `start` and, where it takes an init_scale, at `start_scale`.
 
     Args:
         spec: guides.LowRank(rank=8), AutoNormal, lambda model: AutoNormal(model, init_scale=0.01), ...
         model: a prepared BayesianLoRA.
         start_scale: standard deviation at the start, of stock autoguides only.
+        start: values of sites to start at, likewise; None is the pretrained network.
 
     Raises:
         TypeError: a guide already built, or something that cannot be called.
@@ -32,7 +33,7 @@ def build_guide(spec, model, start_scale: float | None = None) -> nn.Module:
     if isinstance(spec, type) and issubclass(spec, AutoGuide):
         accepted = inspect.signature(spec).parameters
         if "init_loc_fn" in accepted and accepted["init_loc_fn"].default is not None:
-            options["init_loc_fn"] = init_to_value(values=model.start(), fallback=init_to_median)
+            options["init_loc_fn"] = init_to_value(values=model.start() | dict(start or {}), fallback=init_to_median)
         if "init_scale" in accepted and start_scale is not None:
             options["init_scale"] = start_scale
     guide = spec(model, **options)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -236,7 +236,7 @@ def svi(
 def _in_subspace(model: BayesianLoRA, init: Posterior | None, train, tokenizer) -> BayesianLoRA:
     """A copy for this fit alone: prepared, of the data's size, its head at the start."""
     if init is not None:
-        if model.prepared and model.adapted is not init.model.adapted:
+        if model.prepared and not _same_subspace(model.adapted.tensors(), init.model.adapted.tensors()):
             raise ValueError(
                 "expected init= to be fitted in the same subspace, got another; fit both from one model.prepare(train)"
             )
@@ -246,17 +246,22 @@ def _in_subspace(model: BayesianLoRA, init: Posterior | None, train, tokenizer) 
     return model.with_size(train.rows)
 
 
+def _same_subspace(first: Mapping[str, torch.Tensor], second: Mapping[str, torch.Tensor]) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[k].cpu(), second[k].cpu()) for k in first)
+
+
 def _start(model, spec, train, init, warm_start: bool, rows: int | None) -> torch.nn.Module:
     """The guide at its start: at init's mean or the pretrained network, with scales from the Fisher matrix there."""
-    loc = model.sites.join(model.start() if init is None else init.mean()).to(model.device)
+    start = model.start() if init is None else {name: value.clone() for name, value in init.mean().items()}
+    loc = model.sites.join(start).to(model.device)
     if isinstance(spec, Delta) or not warm_start:
-        guide = build_guide(spec, model)
+        guide = build_guide(spec, model, start=start)
         if init is not None and isinstance(guide, LatentGuide):
             guide.loc.data.copy_(loc)
         return guide
     precision = model.sites.join(prior_variance(model.sample_prior, model.sites.shapes)).reciprocal()
     curvature = Curvature(loc, precision, fisher(model, train, loc, getattr(spec, "rank", 1) + 8, rows))
-    guide = build_guide(spec, model, float(curvature.diagonal.rsqrt().log().mean().exp()))
+    guide = build_guide(spec, model, float(curvature.diagonal.rsqrt().log().mean().exp()), start)
     if isinstance(guide, LatentGuide):
         with torch.no_grad():
             guide.begin(curvature)
