@@ -1,6 +1,8 @@
 """Projections: orthonormal, spanning what they say, and the data-driven ones against per-row gradients."""
 
+import numpy as np
 import pytest
+import scipy.fft
 import torch
 from conftest import tiny_bert, token_batches
 from hypothesis import given, settings
@@ -9,16 +11,59 @@ from hypothesis import strategies as st
 import pyro_lrblora as lb
 
 P = lb.projections
-EVERY = [P.SVD(), P.SVD(exact=True), P.Random(), P.Gradient(), P.Gradient(label_free=True)]
+EVERY = [
+    P.SVD(),
+    P.SVD(exact=True),
+    P.WhitenedSVD(),
+    P.Random(),
+    P.DCT(),
+    P.Gradient(),
+    P.Gradient(label_free=True),
+    P.Hybrid((P.SVD(), P.Gradient()), (0.5, 0.5)),
+    P.Hybrid((P.WhitenedSVD(), P.SVD(), P.DCT()), (0.5, 0.25, 0.25)),
+    P.Hybrid((P.Random(), P.Hybrid((P.WhitenedSVD(), P.Gradient(label_free=True)), (1, 1))), (1, 3)),
+]
+
+
+def prepared(projection, rank=4, targets="all-linear", batches=None, seed=0, **options):
+    adapter = lb.LoRAXS(rank, projection, targets, **options)
+    return lb.BayesianLoRA(tiny_bert(), adapter).prepare(batches or token_batches(), seed=seed)
 
 
 @pytest.mark.parametrize("projection", EVERY, ids=repr)
 def test_orthonormal(projection):
-    model = lb.BayesianLoRA(tiny_bert(), lb.LoRAXS(4, projection, "all-linear")).prepare(token_batches())
+    model = prepared(projection)
     assert len(model.adapted.bases) == 13  # 6 per layer, and the pooler
     for basis in model.adapted.bases.values():
+        assert basis.A.dtype == basis.B.dtype == torch.float32
         torch.testing.assert_close(basis.A @ basis.A.T, torch.eye(4), atol=1e-5, rtol=0)
         torch.testing.assert_close(basis.B.T @ basis.B, torch.eye(4), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("projection", EVERY, ids=repr)
+def test_two_prepares_agree_bit_for_bit(projection):
+    """Whatever the global random state is."""
+    subspaces = []
+    for state in (5, 6):
+        model = lb.BayesianLoRA(tiny_bert(), lb.LoRAXS(4, projection, "all-linear"))
+        torch.manual_seed(state)
+        subspaces.append(model.prepare(token_batches(), seed=3).adapted.tensors())
+    first, again = subspaces
+    assert first.keys() == again.keys()
+    assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+@pytest.mark.filterwarnings("ignore::pyro_lrblora.ScalesNotConverged")
+@pytest.mark.parametrize("projection", EVERY, ids=repr)
+def test_survives_the_file(projection, tmp_path):
+    model = prepared(projection, targets=["query", "value"])
+    posterior = lb.fit(model, token_batches(), guide=lb.guides.Diagonal(), epochs=1, progress=False)
+    posterior.save(tmp_path)
+    loaded = lb.Posterior.load(tmp_path, tiny_bert())
+    assert loaded.model.adapter == model.adapter
+    assert hash(loaded.model.adapter.projection) == hash(projection)
+    kept = loaded.model.adapted.tensors()
+    assert all(torch.equal(kept[name], value) for name, value in model.adapted.tensors().items())
 
 
 @settings(deadline=None, max_examples=25)
@@ -112,3 +157,100 @@ def test_modules_the_logits_do_not_read_are_named():
         prepared = model.prepare(token_batches())
     basis = prepared.adapted.bases["encoder.pooler.dense"]
     torch.testing.assert_close(basis.A @ basis.A.T, torch.eye(2))
+
+
+# --- whitened SVD
+
+
+def second_moments(network, batches, names):
+    """The second moment of the inputs of every module over unpadded tokens, a row and a token at a time."""
+    inputs = {}
+    modules = {name: network.get_submodule(name) for name in names}
+    hooks = [m.register_forward_pre_hook(lambda _, a, n=name: inputs.update({n: a[0]})) for name, m in modules.items()]
+    totals = dict.fromkeys(names, 0.0)
+    for batch in batches:
+        with torch.no_grad():
+            network(**{k: v for k, v in batch.items() if k != "labels"})
+        for name, value in inputs.items():
+            for row, mask in zip(value, batch["attention_mask"], strict=True):
+                for token in row[mask.bool()].double():
+                    totals[name] = totals[name] + torch.outer(token, token)
+    for hook in hooks:
+        hook.remove()
+    return totals
+
+
+def padded_batches(filler: int):
+    """Rows of 3 to 7 tokens, padded with any token: the mask hides it from the network."""
+    batches = token_batches(24)
+    for batch in batches:
+        lengths = torch.arange(len(batch["labels"])) % 5 + 3
+        batch["attention_mask"] = (torch.arange(7) < lengths[:, None]).long()
+        batch["input_ids"] = torch.where(batch["attention_mask"].bool(), batch["input_ids"], filler)
+    return batches
+
+
+def test_whitened_svd_uses_the_inputs_of_unpadded_tokens():
+    batches = padded_batches(filler=5)
+    model = prepared(P.WhitenedSVD(ridge=0), 3, "mlp", batches)
+    for name, moment in second_moments(model.network, batches, list(model.modules)).items():
+        values, vectors = torch.linalg.eigh(moment)
+        weight = model.modules[name].weight.detach().double()
+        u, _, vh = torch.linalg.svd(weight @ vectors @ values.sqrt().diag() @ vectors.T)
+        rows = vh[:3] @ vectors @ values.rsqrt().diag() @ vectors.T  # V' C^(-1/2), as the definition says
+        same_span(model.adapted.bases[name].B.double(), u[:, :3])
+        same_span(model.adapted.bases[name].A.T.double(), torch.linalg.qr(rows.T).Q)
+
+
+def test_what_the_padding_holds_does_not_matter():
+    first, second = (prepared(P.WhitenedSVD(), 3, "all-linear", padded_batches(filler)) for filler in (5, 44))
+    for name, basis in first.adapted.bases.items():
+        same_span(basis.A.T, second.adapted.bases[name].A.T)
+        same_span(basis.B, second.adapted.bases[name].B)
+
+
+@settings(deadline=None, max_examples=40)
+@given(m=st.integers(3, 60), n=st.integers(3, 60), tokens=st.integers(1, 90), seed=st.integers(0, 50))
+def test_whitened_svd_loses_the_least_output(m, n, tokens, seed):
+    """Eckart-Young for W0 X: no rank-r matrix is closer in output, singular second moments included."""
+    g = torch.Generator().manual_seed(seed)
+    weight = torch.randn(m, n, generator=g, dtype=torch.float64)
+    scales = torch.logspace(0, -2, n, dtype=torch.float64)
+    inputs = torch.randn(1, tokens, n, generator=g, dtype=torch.float64) * scales
+    projection, rank = P.WhitenedSVD(), 2
+    statistics = projection.collect(inputs, None, torch.ones(1, tokens))
+    basis = projection(weight, rank, statistics, torch.Generator().manual_seed(0))
+    a, b = basis.A.double(), basis.B.double()
+    torch.testing.assert_close(a @ a.T, torch.eye(rank, dtype=torch.float64), atol=1e-5, rtol=0)
+    torch.testing.assert_close(b.T @ b, torch.eye(rank, dtype=torch.float64), atol=1e-5, rtol=0)
+    outputs = weight @ inputs[0].T
+    left = (outputs - b @ b.T @ weight @ a.T @ a @ inputs[0].T).square().sum().sqrt()
+    least = torch.linalg.svdvals(outputs)[rank:].square().sum().sqrt()
+    assert float(left) <= 1.02 * float(least) + 1e-3 * float(outputs.norm())
+
+
+def test_whitened_svd_without_inputs_is_the_svd():
+    weight = torch.randn(9, 7)
+    unseen = P.WhitenedSVD().collect(torch.zeros(1, 1, 7), None, torch.zeros(1, 1))
+    whitened = P.WhitenedSVD()(weight, 3, unseen, torch.Generator())
+    plain = P.SVD(exact=True)(weight, 3, {}, torch.Generator())
+    same_span(whitened.A.T, plain.A.T)
+    same_span(whitened.B, plain.B)
+
+
+def test_whitened_svd_needs_no_gradient(monkeypatch):
+    monkeypatch.setattr(torch.autograd, "grad", lambda *_, **__: pytest.fail("a backward pass"))
+    model = lb.BayesianLoRA(tiny_bert(), lb.LoRAXS(2, P.WhitenedSVD()))
+    assert model.prepare(token_batches(), probe=False).sites.size == 8 * 4
+
+
+# --- DCT
+
+
+@pytest.mark.parametrize("size", [4, 7, 16])
+def test_dct_rows_are_scipys(size):
+    reference = torch.from_numpy(scipy.fft.dct(np.eye(size), type=2, norm="ortho", axis=0)).float()
+    basis = P.DCT()(torch.zeros(size, size + 3), 4, {}, torch.Generator())
+    torch.testing.assert_close(basis.B.T, reference[:4], atol=1e-6, rtol=0)
+    wider = torch.from_numpy(scipy.fft.dct(np.eye(size + 3), type=2, norm="ortho", axis=0)).float()
+    torch.testing.assert_close(basis.A, wider[:4], atol=1e-6, rtol=0)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ..latents import LatentSites
-from ..projections import SVD, Basis, Projection
+from ..projections import SVD, Basis, Projection, allocate_ranks
+from ..projections.svd import leading_singular_vectors
 from .targets import base_weight
 
 
@@ -18,16 +19,32 @@ class LoRAXS:
     """Adapt each targeted linear module by B R A; the latent is R, (r, r) per module.
 
     Args:
-        rank: r, at most min(m, n) of every targeted module.
+        rank: r, at most min(m, n) of every targeted module; with a budget, the largest rank of any module.
         projection: how A and B are chosen, see pyro_lrblora.projections.
         targets: "attention", "mlp", "all-linear", a list of names, or a regular expression for the whole name.
         layers: only modules in layers with these numbers.
+        budget: the most latents in all, sum of r^2 over modules. Modules then differ in rank, as the spectra of their
+            summed loss gradients say, see allocate_ranks. None gives every module the same rank.
+
+    Raises:
+        ValueError: a rank too small for the projection, or a budget without a projection that sums gradients.
     """
 
     rank: int = 8
     projection: Projection = field(default_factory=SVD)
     targets: str | Sequence[str] = "attention"
     layers: Sequence[int] | None = None
+    budget: int | None = None
+
+    def __post_init__(self):
+        if 1 <= self.rank < self.smallest_rank:
+            raise ValueError(f"expected rank >= {self.smallest_rank} for {self.projection}, got rank={self.rank}")
+        sums_gradients = hasattr(self.projection, "summed_gradient") and self.projection.statistics == "labels"
+        if self.budget is not None and not sums_gradients:
+            raise ValueError(
+                f"expected a projection that sums gradients under the labels for budget={self.budget}, "
+                f"got {self.projection}; write projection=Gradient(), or a Hybrid with it"
+            )
 
     @property
     def statistics(self) -> str | None:
@@ -40,13 +57,27 @@ class LoRAXS:
         statistics: Mapping[str, Mapping[str, Tensor]],
         generator: torch.Generator,
     ) -> BoundLoRAXS:
-        """The adapter on the modules of one network, its bases computed."""
+        """The adapter on the modules of one network, its bases computed.
+
+        Raises:
+            ValueError: the budget does not cover the smallest rank in every module.
+        """
+        ranks = dict.fromkeys(modules, self.rank)
+        if self.budget is not None:
+            gradients = {name: self.projection.summed_gradient(statistics[name]) for name in modules}
+            spectra = {name: leading_singular_vectors(g, self.rank, generator)[1] for name, g in gradients.items()}
+            ranks = allocate_ranks({k: s.tolist() for k, s in spectra.items()}, self.budget, self.smallest_rank)
         return BoundLoRAXS(
             {
-                name: self.projection(base_weight(module), self.rank, statistics.get(name, {}), generator)
+                name: self.projection(base_weight(module), ranks[name], statistics.get(name, {}), generator)
                 for name, module in modules.items()
             }
         )
+
+    @property
+    def smallest_rank(self) -> int:
+        """The least rank its projection can give a module."""
+        return getattr(self.projection, "smallest_rank", 1)
 
     @staticmethod
     def restore(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, int]]) -> BoundLoRAXS:

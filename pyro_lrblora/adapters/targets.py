@@ -55,8 +55,15 @@ def find_targets(
     return found
 
 
-def check_rank(rank: int, modules: Mapping[str, nn.Module]) -> None:
-    """Raise a ValueError unless 1 <= rank <= min(m, n) for the weight (m, n) of every module."""
+def check_rank(adapter, modules: Mapping[str, nn.Module]) -> None:
+    """Raise a ValueError unless the adapter's rank fits every module's weight (m, n), and its budget all of them."""
+    rank, budget = adapter.rank, getattr(adapter, "budget", None)
+    needed = 0 if budget is None else len(modules) * adapter.smallest_rank**2
+    if budget is not None and budget < needed:
+        raise ValueError(
+            f"expected a budget that gives each of {len(modules)} modules rank {adapter.smallest_rank}, got "
+            f"budget={budget}; write budget={needed} or more"
+        )
     for name, module in modules.items():
         m, n = base_weight(module).shape
         if not 1 <= rank <= min(m, n):

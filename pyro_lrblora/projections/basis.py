@@ -26,14 +26,19 @@ class Basis:
 class Projection(Protocol):
     """How (A, B) is chosen; a frozen dataclass with these members, or anything that has them.
 
-    `statistics` names what a pass over the training data must sum for each module: None (no data needed), "labels"
-    (gradients under the observed labels) or "model" (gradients under the network's own labels).
+    `statistics` names what a pass over the training data must sum for each module: None (no data needed), "inputs" (the
+    module's inputs, a forward pass alone), "labels" (gradients under the observed labels) or "model" (gradients under
+    the network's own labels). Two members are optional: `smallest_rank`, and `summed_gradient(statistics)`, the (m, n)
+    sum of loss gradients under the labels that LoRAXS(budget=...) reads.
     """
 
     statistics: str | None
 
-    def collect(self, inputs: Tensor, gradients: Tensor) -> Mapping[str, Tensor]:
-        """Tensors to sum over batches, from a module's inputs (B, T, n) and output gradients (B, T, m)."""
+    def collect(self, inputs: Tensor, gradients: Tensor | None, mask: Tensor) -> Mapping[str, Tensor]:
+        """Tensors to sum over batches, from a module's inputs (B, T, n) and output gradients (B, T, m).
+
+        The mask (B, T) is 0 where a token is padding, else 1; gradients are None where `statistics` is "inputs".
+        """
 
     def __call__(
         self, weight: Tensor, rank: int, statistics: Mapping[str, Tensor], generator: torch.Generator

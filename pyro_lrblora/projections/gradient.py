@@ -30,7 +30,7 @@ class Gradient:
     def statistics(self) -> str:
         return "model" if self.label_free else "labels"
 
-    def collect(self, inputs: Tensor, gradients: Tensor) -> dict[str, Tensor]:
+    def collect(self, inputs: Tensor, gradients: Tensor, mask: Tensor) -> dict[str, Tensor]:
         if not self.label_free:
             return {"gradient": torch.einsum("btm,btn->mn", gradients, inputs)}
         per_row = torch.einsum("btm,btn->bmn", gradients, inputs)
@@ -39,11 +39,15 @@ class Gradient:
             "right": torch.einsum("bmn,bmk->nk", per_row, per_row),
         }
 
+    def summed_gradient(self, statistics: Mapping[str, Tensor]) -> Tensor:
+        """The sum over rows of the loss gradient, (m, n), up to sign."""
+        return statistics["gradient"]
+
     def __call__(
         self, weight: Tensor, rank: int, statistics: Mapping[str, Tensor], generator: torch.Generator
     ) -> Basis:
         if not self.label_free:
-            u, _, v = leading_singular_vectors(statistics["gradient"], rank, generator)
+            u, _, v = leading_singular_vectors(self.summed_gradient(statistics), rank, generator)
             return Basis(A=v.T.contiguous(), B=u)
         top = lambda matrix: torch.linalg.eigh(matrix).eigenvectors[:, -rank:].flip(-1)
         return Basis(A=top(statistics["right"]).T.contiguous(), B=top(statistics["left"]).contiguous())
