@@ -29,6 +29,8 @@ class PointHead(PyroModule):
 
     def __init__(self, values: Mapping[str, Tensor], name: str):
         super().__init__(name)
+        # What reading it locally needs, which Pyro gives only to modules built locally.
+        self._pyro_context.param_state = {"params": {}, "constraints": {}}
         self.names = {path.replace(".", "__"): path for path in values}
         for leaf, path in self.names.items():
             setattr(self, leaf, nn.Parameter(values[path].detach().float().clone()))
@@ -62,6 +64,14 @@ def head_parameters(network: nn.Module, modules: Iterable[str] | None = None) ->
     if output is not None:
         shared |= {id(p) for p in output.parameters()}
     return {name: p for name, p in named.items() if id(p) not in shared}
+
+
+def check_head(head: object, parameters: Iterable[str]) -> None:
+    """Raise a ValueError unless `head` is a treatment of a head with these parameters that a model knows."""
+    if not (isinstance(head, FixedHead) or head in ("point", "bayesian", "frozen")):
+        raise ValueError(f"expected head='point', 'bayesian', 'frozen' or a FixedHead, got {head!r}")
+    if isinstance(head, FixedHead) and set(head.values) != set(parameters):
+        raise ValueError(f"expected a head with parameters {sorted(parameters)}, got {sorted(head.values)}")
 
 
 def output_layer(network: nn.Module, head: Iterable[str]) -> str | None:
