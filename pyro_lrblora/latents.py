@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +24,15 @@ class LatentSites:
     def size(self) -> int:
         """D, the number of latent dimensions."""
         return sum(math.prod(shape) for shape in self.shapes.values())
+
+    def modules(self) -> Iterator[slice]:
+        """Where each module's latents of each site lie in the flat vector, site by site."""
+        start = 0
+        for shape in self.shapes.values():
+            step = math.prod(shape[1:])
+            for _ in range(shape[0]):
+                yield slice(start, start + step)
+                start += step
 
     def split(self, flat: Tensor) -> dict[str, Tensor]:
         """Views of flat (..., D), one per site, each (..., *shape)."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import pyro.distributions as dist
 from pyro.infer.autoguide import AutoDelta
@@ -15,12 +16,15 @@ from .latent_guide import Curvature, LatentGuide
 class Delta:
     """All mass on one point. It has no density, so its "ELBO" is the log joint and bounds nothing."""
 
+    fisher_rank: ClassVar[int] = 0
+
     def __call__(self, model) -> DeltaGuide:
         return DeltaGuide(model)
 
 
 class DeltaGuide(LatentGuide):
     extra_family = AutoDelta
+    has_density = False
     rowwise = None  # every row's draw would be the same
 
     def __init__(self, model):

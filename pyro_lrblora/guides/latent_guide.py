@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import uuid
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -15,6 +16,7 @@ from pyro.infer.autoguide.initialization import init_to_median, init_to_value
 from pyro.nn import PyroModule
 from torch import Tensor
 
+from ..distributions import LowRankPrecisionNormal
 from ..fisher import Fisher
 from ..priors import prior_variance
 
@@ -38,6 +40,43 @@ class Curvature:
         """The diagonal of the log joint's Gauss-Newton matrix, (D,)."""
         return self.prior_precision + self.fisher.diagonal
 
+    def dense(self) -> Tensor:
+        """The log joint's Gauss-Newton matrix, (D, D): diagonal and the Fisher's leading eigenvectors, float64."""
+        vectors = self.fisher.vectors.double()
+        rest = (self.prior_precision + self.fisher.residual).double()
+        return torch.diag(rest) + (vectors * self.fisher.values) @ vectors.T
+
+    def blocks(self, sites) -> Iterator[tuple[slice, Curvature]]:
+        """The part of every module of every site, with its own leading eigenvectors.
+
+        Args:
+            sites: the model's LatentSites.
+        """
+        for where in sites.modules():
+            weighted = self.fisher.vectors[where] * self.fisher.values.sqrt()
+            vectors, singular, _ = torch.linalg.svd(weighted, full_matrices=False)
+            part = Fisher(self.fisher.diagonal[where], vectors, singular.square())
+            yield where, Curvature(self.loc[where], self.prior_precision[where], part)
+
+    @classmethod
+    def of(cls, q, prior_precision: Tensor) -> Curvature:
+        """What a fitted distribution says about the curvature: its own precision, or the inverse of its variances.
+
+        Args:
+            q: over the flat latents, with mean and variance.
+            prior_precision: (D,).
+        """
+        if isinstance(q, LowRankPrecisionNormal):
+            vectors, singular, _ = torch.linalg.svd(q.precision_factor, full_matrices=False)
+            values, rest = singular.square(), q.precision_diag
+        else:
+            rest = q.variance.reciprocal()
+            vectors, values = rest.new_zeros(len(rest), 0), rest.new_zeros(0)
+        # Where q is wider than the prior, the "prior" part shrinks so that the sum is q's.
+        prior_precision = prior_precision.minimum(rest)
+        diagonal = rest - prior_precision + (vectors.square() * values).sum(-1)
+        return cls(q.mean, prior_precision, Fisher(diagonal, vectors, values))
+
 
 class LatentGuide(PyroModule):
     """A Pyro guide with one joint distribution over the D latents and a factor of its own for every other site.
@@ -45,13 +84,16 @@ class LatentGuide(PyroModule):
     A family is a subclass that makes its parameters in __init__, returns a distribution over (D,) from `distribution`
     and sets the parameters from a `Curvature` in `begin`. Everything else is here: draws shared or per row, sites as
     views of the vector, and an independent Normal (in unconstrained space) for a prior's scales and a Bayesian
-    head. Parameters with "scale" or "factor" in their names get the learning rates of that name.
+    head. Parameters with "scale" or "factor" in their names get the learning rates of that name. A spec may have a
+    `fisher_rank`: how many leading eigenvectors its warm start wants, 0 for no pass over the data.
 
     Args:
         model: a BayesianLoRA.
     """
 
     extra_family = AutoNormal
+    has_density = True  # False: draws only, such as a point; nothing then has an evidence bound
+    symmetric = True  # about its mean, so that mirrored draws are draws
 
     def __init__(self, model):
         # Pyro's param store goes by name: without one of its own, two guides in a process would share parameters.
@@ -67,6 +109,10 @@ class LatentGuide(PyroModule):
     def begin(self, curvature: Curvature) -> None:
         """Set the parameters from a curvature at the start."""
         raise NotImplementedError(f"{type(self).__name__} must define begin(curvature)")
+
+    def begin_at(self, loc: Tensor) -> None:
+        """Move to loc (D,) and keep everything else."""
+        self.loc.data.copy_(loc)
 
     def forward(self, batch=None, per_row: bool = False) -> dict[str, Tensor]:
         values = {} if self.extra is None else self.extra()

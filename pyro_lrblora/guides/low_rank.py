@@ -28,6 +28,10 @@ class LowRank:
     def __post_init__(self):
         check_columns(self.rank)
 
+    @property
+    def fisher_rank(self) -> int:
+        return self.rank + 8
+
     def __call__(self, model) -> LowRankGuide:
         return LowRankGuide(model, self.rank, self.start_scale)
 
@@ -42,22 +46,27 @@ class LowRankGuide(LatentGuide):
         return LowRankNormal(self.loc, scale.unsqueeze(-1) * self.factor, scale.square())
 
     def begin(self, curvature: Curvature) -> None:
-        """The stationary point for Z given s: leading eigenvectors of the Laplace covariance in units of s.
-
-        With s_i^2 = 1 / P_ii the reverse KL is stationary where (I + Z Z')^-1 Z = P~ Z, P~ = diag(s) P diag(s): an
-        eigenvector of P~ with eigenvalue 1/lambda < 1 enters with length sqrt(lambda - 1).
-        """
-        fisher = curvature.fisher
-        laplace = LowRankPrecisionNormal(
-            curvature.loc, fisher.vectors * fisher.values.sqrt(), curvature.prior_precision + fisher.residual
-        ).covariance_factors()
-        scale = curvature.diagonal.rsqrt()
-        diagonal = laplace.diagonal / scale.square()
-        factor = laplace.factor / scale.unsqueeze(-1)
-        values, vectors = _leading_eigenvectors(diagonal, factor, self.factor.shape[-1])
         self.loc.data.copy_(curvature.loc)
-        self.scale = scale
-        self.factor.data.copy_(vectors * (values - 1).clamp(min=1e-4).sqrt())
+        self.scale, self.factor.data = stationary_factor(curvature, self.factor.shape[-1])
+
+
+def stationary_factor(curvature: Curvature, rank: int) -> tuple[Tensor, Tensor]:
+    """Scales s (D,) and the stationary Z (D, K) for them: leading eigenvectors of the Laplace covariance in units of s.
+
+    With s_i^2 = 1 / P_ii the reverse KL is stationary where (I + Z Z')^-1 Z = P~ Z, P~ = diag(s) P diag(s): an
+    eigenvector of P~ with eigenvalue 1/lambda < 1 enters with length sqrt(lambda - 1).
+    """
+    fisher = curvature.fisher
+    laplace = LowRankPrecisionNormal(
+        curvature.loc, fisher.vectors * fisher.values.sqrt(), curvature.prior_precision + fisher.residual
+    ).covariance()
+    scale = curvature.diagonal.rsqrt()
+    diagonal = laplace.diagonal / scale.square()
+    factor = laplace.factor / scale.unsqueeze(-1)
+    values, vectors = _leading_eigenvectors(diagonal, factor, rank)
+    # Columns that are left over start small, not at zero, where their gradients would be equal.
+    spare = torch.randn(len(scale), rank - len(values), generator=torch.Generator().manual_seed(0)).to(scale)
+    return scale, torch.cat([vectors * (values - 1).clamp(min=1e-4).sqrt(), 1e-2 * spare], dim=-1)
 
 
 def low_rank_parameters(guide: LatentGuide, model, rank: int, start_scale: float):
@@ -77,7 +86,7 @@ def check_columns(rank: int) -> None:
 def _leading_eigenvectors(diagonal: Tensor, factor: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Eigenvalues (count,) and vectors (D, count) of diag(diagonal) - factor factor', by subspace iteration."""
     generator = torch.Generator().manual_seed(0)
-    basis = torch.randn(len(diagonal), count + 8, generator=generator).to(diagonal)
+    basis = torch.randn(len(diagonal), min(count + 8, len(diagonal)), generator=generator).to(diagonal)
     product = lambda v: diagonal.unsqueeze(-1) * v - factor @ (factor.T @ v)
     for _ in range(50):
         basis, _ = torch.linalg.qr(product(basis))

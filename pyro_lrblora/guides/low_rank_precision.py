@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor
+
 from ..distributions import LowRankPrecisionNormal
 from .latent_guide import Curvature, LatentGuide
 from .low_rank import check_columns, low_rank_parameters
@@ -27,6 +30,10 @@ class LowRankPrecision:
     def __post_init__(self):
         check_columns(self.rank)
 
+    @property
+    def fisher_rank(self) -> int:
+        return self.rank + 8
+
     def __call__(self, model) -> LowRankPrecisionGuide:
         return LowRankPrecisionGuide(model, self.rank, self.start_scale)
 
@@ -41,10 +48,16 @@ class LowRankPrecisionGuide(LatentGuide):
         return LowRankPrecisionNormal(self.loc, self.factor / scale.unsqueeze(-1), scale.square().reciprocal())
 
     def begin(self, curvature: Curvature) -> None:
-        """The Laplace approximation itself: the Fisher's leading eigenvectors, the rest of its diagonal in s."""
-        fisher, rank = curvature.fisher, self.factor.shape[-1]
-        vectors = fisher.vectors[:, :rank] * fisher.values[:rank].sqrt()
-        rest = (curvature.diagonal - vectors.square().sum(-1)).maximum(curvature.prior_precision)
         self.loc.data.copy_(curvature.loc)
-        self.scale = rest.rsqrt()
-        self.factor.data[:, : vectors.shape[-1]] = vectors * rest.rsqrt().unsqueeze(-1)
+        self.scale, self.factor.data = laplace_factor(curvature, self.factor.shape[-1])
+
+
+def laplace_factor(curvature: Curvature, rank: int) -> tuple[Tensor, Tensor]:
+    """The Laplace approximation: the Fisher's leading eigenvectors in Z (D, K), the rest of its diagonal in s (D,)."""
+    fisher = curvature.fisher
+    vectors = fisher.vectors[:, :rank] * fisher.values[:rank].sqrt()
+    rest = (curvature.diagonal - vectors.square().sum(-1)).maximum(curvature.prior_precision)
+    factor = vectors * rest.rsqrt().unsqueeze(-1)
+    # Columns that the curvature does not fill start small, not at zero, where their gradients would be equal.
+    spare = torch.randn(len(rest), rank - factor.shape[-1], generator=torch.Generator().manual_seed(0)).to(rest)
+    return rest.rsqrt(), torch.cat([factor, 1e-2 * spare], dim=-1)
