@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 from pyro import poutine
 from pyro.infer import Trace_ELBO
+from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import Independent, Normal, kl_divergence
 
@@ -32,7 +34,7 @@ class Bound:
 
 
 class PartedELBO(Trace_ELBO):
-    """Pyro's Trace_ELBO that remembers its parts and can take the KL of the flat latents in closed form.
+    """Pyro's Trace_ELBO that remembers its parts, with a closed-form KL and two more gradient estimators.
 
     Closed form: the guide's "_latents" against the model's latent sites, all of them Normal given the prior's own
     sites, which stay Monte Carlo (so a hierarchical prior is Rao-Blackwellised).
@@ -40,12 +42,36 @@ class PartedELBO(Trace_ELBO):
     Args:
         closed_form: use it.
         sites: the names of the model's latent sites, in the flat vector's order.
+        path_derivative: a LatentGuide whose log density is differentiated through the draw alone: the score term, whose
+            mean is zero, is left out, so that the gradient vanishes where the guide is the posterior ("sticking the
+            landing", Roeder et al. 2017, arXiv 1703.09194). Monte Carlo KL only.
+        antithetic: draws in pairs mirrored at the guide's mean: rows of a batch, or consecutive particles.
+        num_particles: draws (per row) that the estimate is averaged over.
     """
 
-    def __init__(self, closed_form: bool, sites: Iterable[str], **options):
+    def __init__(
+        self,
+        closed_form: bool,
+        sites: Iterable[str],
+        path_derivative: LatentGuide | None = None,
+        antithetic: bool = False,
+        **options,
+    ):
         super().__init__(**options)
         self.closed_form, self.sites = closed_form, list(sites)
-        self.bound: Bound | None = None
+        self.path_derivative, self.antithetic = path_derivative, antithetic
+        self._bounds: list[Bound] = []
+
+    @property
+    def bound(self) -> Bound:
+        """The last estimate, averaged over its particles."""
+        mean = lambda part: sum(getattr(bound, part) for bound in self._bounds) / len(self._bounds)
+        return Bound(mean("log_likelihood"), mean("kl"))
+
+    def differentiable_loss(self, model, guide, *args, **kwargs) -> Tensor:
+        self._bounds = []
+        with Mirrored() if self.antithetic else nullcontext():
+            return super().differentiable_loss(model, guide, *args, **kwargs)
 
     def _differentiable_loss_particle(self, model_trace, guide_trace):
         log_likelihood = sum(
@@ -55,6 +81,8 @@ class PartedELBO(Trace_ELBO):
         )
         if not self.closed_form:
             loss, surrogate = super()._differentiable_loss_particle(model_trace, guide_trace)
+            if self.path_derivative is not None:
+                surrogate = surrogate - score_term(self.path_derivative, guide_trace.nodes["_latents"])
         else:
             covered = {"_latents", *self.sites}
             log_prior = sum(_latent_log_probs(model_trace, covered))
@@ -64,8 +92,43 @@ class PartedELBO(Trace_ELBO):
             surrogate = kl + log_guide - log_prior - log_likelihood
             loss = float(surrogate.detach())
         log_likelihood = float(log_likelihood.detach())
-        self.bound = Bound(log_likelihood, float(loss) + log_likelihood)
+        self._bounds.append(Bound(log_likelihood, float(loss) + log_likelihood))
         return loss, surrogate
+
+
+class Mirrored(Messenger):
+    """Makes draws of "_latents" in antithetic pairs x, 2 mean - x: of the rows of a batch, else of successive calls."""
+
+    def __init__(self):
+        super().__init__()
+        self._waiting: Tensor | None = None
+
+    def _pyro_sample(self, msg):
+        if msg["name"] != "_latents" or msg["done"]:
+            return
+        fn = msg["fn"]
+        if fn.batch_shape:
+            rows = fn.batch_shape[0]
+            first = fn.rsample()[: (rows + 1) // 2]
+            msg["value"] = torch.cat([first, 2 * fn.mean[: len(first)] - first])[:rows]
+        elif self._waiting is None:
+            msg["value"] = self._waiting = fn.rsample()
+        else:
+            msg["value"], self._waiting = 2 * fn.mean - self._waiting, None
+        msg["done"] = True
+
+
+def score_term(guide: LatentGuide, node) -> Tensor:
+    """A scalar of value zero whose gradient is that of log q in the guide's parameters, the draw held fixed."""
+    frozen = [p for p in guide.parameters() if p.requires_grad]
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    try:
+        through_draw = (guide.distribution().log_prob(node["value"]) * node["scale"]).sum()
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+    return node["log_prob_sum"] - through_draw
 
 
 def latent_kl(guide, prior) -> Tensor:
@@ -88,7 +151,7 @@ def has_closed_form(model, guide) -> bool:
         return False
     trace = poutine.trace(poutine.replay(model.sample_prior, poutine.trace(guide).get_trace())).get_trace()
     prior = [trace.nodes[name]["fn"] for name in model.sites.shapes]
-    if not all(_is_normal(fn) for fn in prior):
+    if not all(is_normal(fn) for fn in prior):
         return False
     try:
         latent_kl(guide.distribution(), prior)
@@ -97,7 +160,8 @@ def has_closed_form(model, guide) -> bool:
     return True
 
 
-def _is_normal(fn) -> bool:
+def is_normal(fn) -> bool:
+    """Whether a site's distribution is independent Normals."""
     while isinstance(fn, Independent):
         fn = fn.base_dist
     return isinstance(fn, Normal)

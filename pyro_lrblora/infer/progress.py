@@ -41,10 +41,11 @@ class ScaleWatch:
 
     def record(self, guide, spent: float) -> float | None:
         """Note the guide's scales after `spent` more epochs' worth of full-rate steps; returns the mean log sd."""
-        if not isinstance(guide, LatentGuide):
+        if not (isinstance(guide, LatentGuide) and guide.has_density):
             return None
-        variance = guide.distribution().variance.detach()
-        if not (variance > 0).all():
+        try:
+            variance = guide.distribution().variance.detach()
+        except NotImplementedError:  # a flow
             return None
         level = float(variance.log().mean() / 2)
         before = self._points[-1][0] if self._points else 0.0
@@ -65,7 +66,8 @@ class BestState:
     """The parameters at the best validation NLL so far."""
 
     def __init__(self, posterior):
-        self._modules = [m for m in (posterior.guide, posterior.model.point_head) if m is not None]
+        trained = (posterior.guide, posterior.model.point_head, posterior.model.learned_scale)
+        self._modules = [module for module in trained if module is not None]
         self._best, self._waited, self._state = math.inf, 0, None
 
     def update(self, nll: float, patience: int | None) -> bool:

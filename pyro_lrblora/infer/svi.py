@@ -5,49 +5,28 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 
 import torch
 from pyro import poutine
+from pyro.infer.autoguide import AutoLaplaceApproximation
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm.auto import tqdm
 
-from ..data import as_batches, naming_the_batch
-from ..fisher import fisher
-from ..guides import Curvature, Delta, LatentGuide, LowRankPrecision
-from ..guides.stock import build_guide, check_guide_spec
+from ..data import as_batches
+from ..guides import Delta, LowRankPrecision
+from ..guides.stock import check_guide_spec
 from ..metrics import nll
 from ..model import BayesianLoRA
-from ..posterior import Posterior, fixed_from, local_parameters
+from ..posterior import Posterior, local_parameters
 from ..predictive import predict
-from ..priors import prior_variance
 from .elbo import PartedELBO, has_closed_form
 from .progress import DRIFT, SCHEDULES, BestState, ScalesNotConverged, ScaleWatch, multiplier
+from .start import in_subspace, start_guide
+from .step import Rates, add_gradients, optimiser_of, step
+from .stock_laplace import normal_at_mode
 
 _ROWWISE_ENTRIES = 2**26  # latents of all rows of a batch, above which draws are shared
-
-
-@dataclass(frozen=True)
-class Rates:
-    """Learning rates of Adam, one per kind of parameter.
-
-    Args:
-        loc: of means, and of everything that is not named below.
-        scale: of parameters with "scale" in their name (log standard deviations: a relative step).
-        factor: of parameters with "factor" in their name; smaller, or D x K per-element steps swamp the signal.
-        head: of a point head.
-    """
-
-    loc: float = 5e-3
-    scale: float = 1e-2
-    factor: float = 1e-3
-    head: float = 1e-3
-
-    def __post_init__(self):
-        for name in ("loc", "scale", "factor", "head"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"expected a rate >= 0, got {name}={getattr(self, name)!r}")
 
 
 @local_parameters
@@ -70,6 +49,9 @@ def svi(
     warm_start_rows: int | None = 1024,
     kl: str = "auto",
     draws: str = "auto",
+    particles: int = 1,
+    antithetic: bool = False,
+    path_derivative: bool = False,
     accumulate: int = 1,
     patience: int | None = None,
     validation_draws: int = 8,
@@ -94,13 +76,17 @@ def svi(
         rates: learning rates. A point head is trained to its posterior mode under the model's head_scale.
         schedule: "cosine", "linear" or "constant", after a linear warm-up over the share `warmup` of all steps.
         clip: greatest norm of the gradient of -ELBO / N; None for no clipping.
-        init: start at the mean and head of this posterior, in its subspace.
+        init: start at the mean and head of this posterior, in its subspace: Delta, then Diagonal, then LowRank.
         map_epochs: fit a Delta for so many epochs first and start there.
-        warm_start: set the scales from the Fisher matrix at the start (pyro#2113 asks for such staging).
+        warm_start: set the scales from the Fisher matrix at the start (pyro#2113 asks for such staging). False takes
+            them from `init`, or else the guide's start_scale: 1.0 starts at the prior, 0.1 close to the base.
         warm_start_rows: rows that Fisher matrix is computed on, scaled up to N; None for all.
         kl: "closed", "mc" (Monte Carlo), or "auto" for closed form where there is one.
         draws: "row" (a draw per row of the batch), "shared" (one per batch), or "auto" for per row where the guide
             declares it and memory allows.
+        particles: draws, per row or per batch, that every step averages over.
+        antithetic: draws in pairs mirrored at the guide's mean; shared draws need an even number of particles.
+        path_derivative: leave out the score term of log q ("sticking the landing"); Monte Carlo KL only.
         accumulate: batches per optimiser step.
         patience: stop after so many epochs without a better validation NLL and go back to the best; None runs all.
         validation_draws: posterior draws for that NLL.
@@ -122,12 +108,14 @@ def svi(
     _check_choice("kl", kl, ("auto", "closed", "mc"))
     _check_choice("draws", draws, ("auto", "row", "shared"))
     _check_choice("precision", precision, ("fp32", "bf16"))
-    counts = {"epochs": epochs, "batch_size": batch_size, "accumulate": accumulate}
+    counts = {"epochs": epochs, "batch_size": batch_size, "accumulate": accumulate, "particles": particles}
     for name, value in (counts | {"steps": 1 if steps is None else steps}).items():
         if not (isinstance(value, int) and value >= 1):
             raise ValueError(f"expected {name} to be an integer >= 1, got {name}={value!r}")
     if patience is not None and validation is None:
         raise ValueError("expected validation= with patience=: early stopping needs rows that are not trained on")
+    if path_derivative and kl == "closed":
+        raise ValueError("expected kl='mc' or 'auto' with path_derivative=True: a closed-form KL has no score term")
     check_guide_spec(guide)
     tokenizer = tokenizer or model.tokenizer
     train = as_batches(train, tokenizer, batch_size=batch_size, shuffle=seed)
@@ -140,21 +128,24 @@ def svi(
 
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = _in_subspace(model, init, train, tokenizer)
+        model = in_subspace(model, init, train, tokenizer)
         if map_epochs:
             init = svi(
                 model, train, guide=Delta(), epochs=map_epochs, rates=rates, init=init, warm_start=False, seed=seed,
                 precision=precision, progress=progress,
             )  # fmt: skip
-            model = _in_subspace(model, init, train, tokenizer)
-        fitted = _start(model, guide, train, init, warm_start, warm_start_rows)
-        closed = kl != "mc" and has_closed_form(model, fitted)
+            model = in_subspace(model, init, train, tokenizer)
+        fitted = start_guide(model, guide, train, init, warm_start, warm_start_rows)
+        closed = kl != "mc" and not path_derivative and has_closed_form(model, fitted)
         if kl == "closed" and not closed:
             raise ValueError(f"expected a guide and prior with a closed-form KL, got {guide!r} and {model.prior!r}")
         _check_sites(model, fitted)
         per_row = _per_row(draws, fitted, model.sites.size * batch_size)
         program, proposal = (model.rowwise, fitted.rowwise) if per_row else (model, fitted)
-        elbo = PartedELBO(closed, model.sites.shapes)
+        _check_estimator(fitted, antithetic, path_derivative, per_row, particles)
+        elbo = PartedELBO(
+            closed, model.sites.shapes, fitted if path_derivative else None, antithetic, num_particles=particles
+        )
         settings = {
             "method": "svi",
             "epochs": epochs,
@@ -168,6 +159,9 @@ def svi(
             "warm_start": warm_start,
             "kl": "closed" if closed else "mc",
             "draws": "row" if per_row else "shared",
+            "particles": particles,
+            "antithetic": antithetic,
+            "path_derivative": path_derivative,
             "accumulate": accumulate,
             "patience": patience,
             "seed": seed,
@@ -175,40 +169,32 @@ def svi(
         }
         posterior = Posterior(model, fitted, guide, [], settings)
         total = steps or epochs * math.ceil(len(train) / accumulate)
-        optimiser = _optimiser(fitted, model.point_head, rates)
+        optimiser = optimiser_of(posterior, rates)
         pace = multiplier(schedule, warmup, total)
         scheduler = LambdaLR(optimiser, pace)
         watch, best = ScaleWatch(), BestState(posterior)
         watch.record(fitted, 0.0)
 
         bar = tqdm(total=total, disable=not progress, desc=type(fitted).__name__.removesuffix("Guide"), unit="step")
-        step = epoch = 0
+        done = epoch = 0
         stop = False
-        while step < total and not stop:
+        while done < total and not stop:
             epoch, bounds, begun, spent = epoch + 1, [], time.perf_counter(), 0.0
             for position, batch in enumerate(train):
-                with model.attached(precision), naming_the_batch(position, epoch):
-                    loss = elbo.differentiable_loss(program, proposal, batch)
-                    loss = (loss + model.head_penalty(model.head_values())) / model.size
-                    if not loss.isfinite():
-                        raise FloatingPointError(f"expected a finite loss, got {loss.item()}")
-                    (loss / accumulate).backward()
+                add_gradients(model, elbo, program, proposal, batch, (position, epoch), precision, accumulate)
                 bounds.append(elbo.bound)
                 if (position + 1) % accumulate and position + 1 < len(train):
                     continue
-                if clip is not None:
-                    torch.nn.utils.clip_grad_norm_(_parameters(optimiser), clip)
-                optimiser.step()
-                optimiser.zero_grad()
-                spent += pace(step) * accumulate / len(train)
+                step(optimiser, clip)
+                spent += pace(done) * accumulate / len(train)
                 scheduler.step()
-                step += 1
+                done += 1
                 bar.update()
-                if step == total:
+                if done == total:
                     break
             mean = lambda part, of=bounds: sum(getattr(bound, part) for bound in of) / len(of)
             row = {
-                "epoch": epoch, "step": step, "elbo": mean("elbo") / model.size, "kl": mean("kl"),
+                "epoch": epoch, "step": done, "elbo": mean("elbo") / model.size, "kl": mean("kl"),
                 "log_likelihood": mean("log_likelihood") / model.size, "mean_log_sd": watch.record(fitted, spent),
                 "seconds": time.perf_counter() - begun,
             }  # fmt: skip
@@ -230,42 +216,22 @@ def svi(
             ScalesNotConverged,
             stacklevel=3,
         )
-    return posterior
+    return normal_at_mode(posterior, train) if isinstance(fitted, AutoLaplaceApproximation) else posterior
 
 
-def _in_subspace(model: BayesianLoRA, init: Posterior | None, train, tokenizer) -> BayesianLoRA:
-    """A copy for this fit alone: prepared, of the data's size, its head at the start."""
-    if init is not None:
-        if model.prepared and not _same_subspace(model.adapted.tensors(), init.model.adapted.tensors()):
-            raise ValueError(
-                "expected init= to be fitted in the same subspace, got another; fit both from one model.prepare(train)"
-            )
-        model = model.in_subspace_of(init.model, fixed_from(init).values)
-    elif not model.prepared:
-        model = model.prepare(train, tokenizer=tokenizer)
-    return model.with_size(train.rows)
-
-
-def _same_subspace(first: Mapping[str, torch.Tensor], second: Mapping[str, torch.Tensor]) -> bool:
-    return first.keys() == second.keys() and all(torch.equal(first[k].cpu(), second[k].cpu()) for k in first)
-
-
-def _start(model, spec, train, init, warm_start: bool, rows: int | None) -> torch.nn.Module:
-    """The guide at its start: at init's mean or the pretrained network, with scales from the Fisher matrix there."""
-    start = model.start() if init is None else {name: value.clone() for name, value in init.mean().items()}
-    loc = model.sites.join(start).to(model.device)
-    if isinstance(spec, Delta) or not warm_start:
-        guide = build_guide(spec, model, start=start)
-        if init is not None and isinstance(guide, LatentGuide):
-            guide.loc.data.copy_(loc)
-        return guide
-    precision = model.sites.join(prior_variance(model.sample_prior, model.sites.shapes)).reciprocal()
-    curvature = Curvature(loc, precision, fisher(model, train, loc, getattr(spec, "rank", 1) + 8, rows))
-    guide = build_guide(spec, model, float(curvature.diagonal.rsqrt().log().mean().exp()), start)
-    if isinstance(guide, LatentGuide):
-        with torch.no_grad():
-            guide.begin(curvature)
-    return guide
+def _check_estimator(guide, antithetic: bool, path_derivative: bool, per_row: bool, particles: int) -> None:
+    if path_derivative and not getattr(guide, "has_density", False):
+        raise TypeError(
+            f"expected a guide of pyro_lrblora.guides with a density for path_derivative=True, got "
+            f"{type(guide).__name__}; write path_derivative=False"
+        )
+    if antithetic and not (getattr(guide, "symmetric", False) and guide.has_density):
+        raise TypeError(
+            f"expected a guide symmetric about its mean for antithetic=True, got {type(guide).__name__}; write "
+            "antithetic=False"
+        )
+    if antithetic and not per_row and particles % 2:
+        raise ValueError(f"expected an even number of particles with shared antithetic draws, got {particles}")
 
 
 def _check_sites(model, guide) -> None:
@@ -275,21 +241,6 @@ def _check_sites(model, guide) -> None:
         raise ValueError(
             f"expected the guide to sample every site of the prior, {type(guide).__name__} lacks {missing}"
         )
-
-
-def _optimiser(guide, head, rates: Rates) -> torch.optim.Optimizer:
-    groups: dict[str, list] = {"loc": [], "scale": [], "factor": []}
-    for name, parameter in guide.named_parameters():
-        kind = name.removeprefix("extra.").split(".")[0]
-        groups["factor" if "factor" in kind else "scale" if "scale" in kind else "loc"].append(parameter)
-    options = [{"params": p, "lr": getattr(rates, kind)} for kind, p in groups.items() if p]
-    if head is not None:
-        options.append({"params": list(head.parameters()), "lr": rates.head})
-    return torch.optim.Adam(options, lr=options[0]["lr"])
-
-
-def _parameters(optimiser) -> list[torch.nn.Parameter]:
-    return [p for group in optimiser.param_groups for p in group["params"]]
 
 
 def _per_row(draws: str, guide, entries: int) -> bool:

@@ -1,0 +1,86 @@
+"""Deep ensemble: independent fits with equal weights (Lakshminarayanan et al. 2017, arXiv 1612.01474)."""
+
+from __future__ import annotations
+
+import torch
+
+from ..data import as_batches
+from ..guides import Delta
+from ..guides.ensemble import Ensemble, EnsembleGuide
+from ..model import BayesianLoRA
+from ..posterior import Posterior, local_parameters
+from ..priors import prior_variance
+from .start import start_at
+from .svi import svi
+
+
+@local_parameters
+def ensemble(
+    model: BayesianLoRA,
+    train,
+    *,
+    members: int = 5,
+    guide=Delta(),
+    spread: float = 0.1,
+    seed: int = 0,
+    tokenizer=None,
+    batch_size: int = 32,
+    **options,
+) -> Posterior:
+    """Fit M guides from different starts and orders of the data, in one subspace, each with its own point head.
+
+    A draw is a draw from one member with that member's head; predict(draws=M) takes every member once. An ensemble
+    of LoRA is LoRA + Delta here, of any posterior any other guide ("MultiSWAG" without SWAG).
+
+    Args:
+        model: prepared or not.
+        train: as for svi.
+        members: M, at least 2.
+        guide: the members' family.
+        spread: standard deviation of the members' starts around the base, as a share of the prior's.
+        seed: of the starts and of the fits, member m having seed + m.
+        tokenizer: for a datasets.Dataset, where the model has none.
+        batch_size: rows per batch, for a datasets.Dataset.
+        options: of svi, for every member.
+
+    Raises:
+        ValueError: fewer than 2 members, or an option that is the ensemble's own.
+    """
+    if not (isinstance(members, int) and members >= 2):
+        raise ValueError(f"expected members to be an integer >= 2, got members={members!r}")
+    if "init" in options:
+        raise ValueError("expected no init= for an ensemble: its members start apart; write members= and spread=")
+    tokenizer = tokenizer or model.tokenizer
+    rows = as_batches(train, tokenizer, batch_size=batch_size)
+    model.check_labels(rows, "training data")
+    if not model.prepared:
+        model = model.prepare(rows, tokenizer=tokenizer)
+    fits = []
+    for member in range(members):
+        start = start_at(model, None, rows, tokenizer)
+        with torch.no_grad():
+            variance = model.sites.join(prior_variance(model.sample_prior, model.sites.shapes))
+            generator = torch.Generator().manual_seed(seed + member)
+            noise = torch.randn(len(variance), generator=generator).to(variance)
+            start.guide.loc += spread * variance.sqrt() * noise
+        fits.append(
+            svi(
+                model,
+                train,
+                guide=guide,
+                init=start,
+                seed=seed + member,
+                tokenizer=tokenizer,
+                batch_size=batch_size,
+                **options,
+            )  # fmt: skip
+        )
+    combined = EnsembleGuide([fit.guide for fit in fits], [fit.head() for fit in fits])
+    # The posterior's own head, for a prediction at the mean, is the average of the members'.
+    averaged = fits[0].model.with_head(fits[0].model.head)
+    if averaged.point_head is not None:
+        states = [fit.model.point_head.state_dict() for fit in fits]
+        averaged.point_head.load_state_dict({k: sum(state[k] for state in states) / members for k in states[0]})
+    history = [{"member": number, **row} for number, fit in enumerate(fits) for row in fit.history]
+    settings = {"method": "ensemble", "members": members, "spread": spread, "seed": seed, "member": fits[0].settings}
+    return Posterior(averaged, combined, Ensemble(guide, members), history, settings)

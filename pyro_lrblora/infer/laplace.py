@@ -1,0 +1,172 @@
+"""Laplace approximation: a normal at the mode with the curvature there (Daxberger et al. 2021, arXiv 2106.14806)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..data import as_batches
+from ..guides import Delta
+from ..model import BayesianLoRA
+from ..posterior import Posterior, local_parameters
+from ..priors import Normal
+from .elbo import is_normal
+from .gauss_newton import DiagonalMatrix, FullMatrix, KroneckerMatrix, LowRankMatrix, log_evidence
+from .start import prior_sites
+from .svi import svi
+
+_STRUCTURES = ("diagonal", "kron", "low_rank", "full")
+_TUNINGS = ("fixed", "marginal_likelihood", "per_module")
+
+
+@local_parameters
+def laplace(
+    model: BayesianLoRA,
+    train,
+    *,
+    structure: str = "kron",
+    rank: int = 20,
+    prior_precision: str = "fixed",
+    init: Posterior | None = None,
+    seed: int = 0,
+    tokenizer=None,
+    **options,
+) -> Posterior:
+    """Fit a point, then take the inverse of the Gauss-Newton matrix plus the prior precision as its covariance.
+
+    With LoRAXS it is L-LoRA-XS (arXiv 2605.07706), with LoRA and "kron" Laplace-LoRA (Yang et al. 2024, arXiv
+    2308.13111); both predict with predict(..., method="linearised"). The head is a point, and the evidence is
+    conditional on it.
+
+    Args:
+        model: with a Normal prior and no sites beside the latents.
+        train: as for svi.
+        structure: "diagonal", "kron" (Kronecker per module, in its eigenbasis), "low_rank" (leading eigenvectors and
+            the rest of the diagonal) or "full" (D x D).
+        rank: eigenvectors of "low_rank".
+        prior_precision: "fixed" keeps the prior; "marginal_likelihood" takes the one scale with the greatest evidence
+            given the mode and curvature found; "per_module" one scale per module. The returned model carries it.
+        init: a point posterior to start from: with options={} and init given, nothing is trained.
+        seed: of the point fit.
+        tokenizer: for a datasets.Dataset, where the model has none.
+        options: of svi, for the point fit.
+
+    Returns:
+        A Posterior; settings["log_evidence"] is the Laplace log evidence in nats.
+
+    Raises:
+        ValueError: another prior or head, an unknown structure, more memory than "full" allows.
+    """
+    for name, value, choices in (
+        ("structure", structure, _STRUCTURES),
+        ("prior_precision", prior_precision, _TUNINGS),
+    ):
+        if value not in choices:
+            raise ValueError(f"expected {name} to be one of {list(choices)}, got {name}={value!r}")
+    if init is not None and (options or not init.is_point):
+        raise ValueError(
+            "expected init= to be a point posterior and no options of a fit beside it, got "
+            f"{init.guide_spec!r} and {sorted(options)}"
+        )
+    if init is not None and repr(init.model.prior) != repr(model.prior):
+        raise ValueError(f"expected init= fitted under the model's prior {model.prior!r}, got {init.model.prior!r}")
+    _check_program(model)
+    tokenizer = tokenizer or model.tokenizer
+    if init is None:
+        init = svi(model, train, guide=Delta(), seed=seed, tokenizer=tokenizer, **options)
+    model = init.model
+    _check_program(model)
+    size = {"batch_size": options.get("batch_size", 32)}
+    batches = as_batches(train, tokenizer, by_length=True, **size)
+    at = model.sites.join(init.mean())
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        match structure:
+            case "diagonal":
+                curvature = DiagonalMatrix.of(model, batches, at)
+            case "kron":
+                curvature = KroneckerMatrix.of(model, batches, at)
+            case "low_rank":
+                curvature = LowRankMatrix.of(model, batches, at, rank)
+            case "full":
+                curvature = FullMatrix.of(model, batches, at)
+        if prior_precision != "fixed":
+            scales = _best_scales(model, curvature, at, prior_precision == "per_module")
+            model = model._copy(prior=Normal(scales))
+        log_prior, precision = _prior_at(model, at)
+        guide, spec = curvature.posterior(model, at, precision)
+    joint = _log_likelihood(model, batches, at) + log_prior
+    settings = {
+        "method": "laplace",
+        "structure": structure,
+        "prior_precision": prior_precision,
+        "seed": seed,
+        "log_evidence": log_evidence(joint, curvature.log_det(precision), len(at)),
+    }
+    return Posterior(model, guide, spec, list(init.history), settings | {"point fit": init.settings})
+
+
+def _check_program(model: BayesianLoRA) -> None:
+    """Raise a ValueError unless the prior is Normal in the latents and samples nothing else."""
+    if model.head == "bayesian":
+        raise ValueError("expected head='point', 'frozen' or a FixedHead for a Laplace approximation, got 'bayesian'")
+    latents, others = prior_sites(model)
+    if others or not all(is_normal(fn) for fn in latents.values()):
+        found = f"sites {others}" if others else "another distribution"
+        raise ValueError(
+            f"expected a Normal prior for a Laplace approximation, got {model.prior!r} with {found}: its density has "
+            "no Gaussian curvature at the mode; write prior=lb.priors.Normal(0.1), or fit by lb.fit or lb.infer.nuts"
+        )
+
+
+def _prior_at(model: BayesianLoRA, at: Tensor) -> tuple[float, Tensor]:
+    """The log prior density at a point, in nats, and the prior precision (D,)."""
+    fns = list(prior_sites(model)[0].values())
+    log_prior = sum(fn.log_prob(value).sum() for fn, value in zip(fns, model.sites.split(at).values(), strict=True))
+    return float(log_prior), torch.cat([fn.variance.expand(fn.event_shape).flatten() for fn in fns]).reciprocal()
+
+
+@torch.no_grad()
+def _log_likelihood(model: BayesianLoRA, batches, at: Tensor) -> float:
+    """Log likelihood of all rows at a point, in nats."""
+    head, total = model.head_values(), 0.0
+    with model.attached(dropout=False):
+        for batch in batches:
+            batch = model.to_device(batch)
+            labels = model.label_distribution(model.outputs(batch, model.sites.split(at), head), batch)
+            total += float(labels.log_prob(batch["labels"]).double().sum())
+    return total
+
+
+def _best_scales(model: BayesianLoRA, curvature, at: Tensor, per_module: bool) -> float | tuple[float, ...]:
+    """The prior's standard deviations with the greatest evidence, mode and curvature held fixed."""
+    places = list(model.sites.modules())
+    counts = {shape[0] for shape in model.sites.shapes.values()}
+    if per_module and len(counts) > 1:
+        raise ValueError("expected every latent site to cover all modules for prior_precision='per_module'")
+    modules = counts.pop() if per_module else 1
+    squares = torch.stack([at[where].double().square().sum() for where in places])
+    sizes = torch.tensor([where.stop - where.start for where in places], dtype=torch.float64)
+    owner = torch.arange(len(places)) % modules
+    expand = torch.cat([torch.full((int(n),), int(m)) for n, m in zip(sizes, owner, strict=True)])
+    _, precision = _prior_at(model, at)
+    start = torch.stack([precision.double().log()[expand == m].mean() for m in range(modules)])
+    log_precision = start.clone().requires_grad_()
+    optimiser = torch.optim.LBFGS([log_precision], max_iter=200, line_search_fn="strong_wolfe")
+
+    def minus_evidence():
+        optimiser.zero_grad()
+        # Kept between 1e-6 and 1e12: a module that the data do not move wants an infinite precision.
+        bounded = log_precision.clamp(-6 * math.log(10), 12 * math.log(10))
+        each = bounded[owner]
+        log_prior = 0.5 * (sizes * each - each.exp() * squares).sum()
+        value = 0.5 * curvature.log_det(bounded.exp()[expand].to(at)).double() - log_prior
+        value.backward()
+        return value
+
+    with torch.enable_grad():
+        optimiser.step(minus_evidence)
+    scales = (-0.5 * log_precision.detach().clamp(-6 * math.log(10), 12 * math.log(10))).exp().tolist()
+    return tuple(scales) if per_module else scales[0]

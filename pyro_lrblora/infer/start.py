@@ -1,0 +1,75 @@
+"""Where a fit begins: the model's own copy in the right subspace, and the guide at its starting parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import suppress
+
+import torch
+from pyro import poutine
+from pyro.infer.autoguide import AutoGuide
+
+from ..fisher import fisher
+from ..guides import Curvature, Delta, LatentGuide
+from ..guides.stock import build_guide
+from ..model import BayesianLoRA
+from ..posterior import Posterior, fixed_from
+from ..priors import prior_variance
+
+
+def in_subspace(model: BayesianLoRA, init: Posterior | None, train, tokenizer) -> BayesianLoRA:
+    """A copy for this fit alone: prepared, of the data's size, its head at the start."""
+    if init is not None:
+        if model.prepared and not _same_subspace(model.adapted.tensors(), init.model.adapted.tensors()):
+            raise ValueError(
+                "expected init= to be fitted in the same subspace, got another; fit both from one model.prepare(train)"
+            )
+        model = model.in_subspace_of(init.model, fixed_from(init).values)
+    elif not model.prepared:
+        model = model.prepare(train, tokenizer=tokenizer)
+    return model.with_size(train.rows)
+
+
+def start_at(model: BayesianLoRA, init: Posterior | None, train, tokenizer) -> Posterior:
+    """A point posterior at the base, or at init's mean, that nothing has trained."""
+    model = in_subspace(model, init, train, tokenizer)
+    return Posterior(model, start_guide(model, Delta(), train, init, False, None), Delta())
+
+
+def prior_sites(model: BayesianLoRA) -> tuple[dict[str, object], list[str]]:
+    """The distributions of the latent sites by name, and the names of all other sites (scales, a Bayesian head)."""
+    if model.prepared or model.adapter.statistics is None:
+        trace, latents = poutine.trace(model.sample_prior).get_trace(), list(model.sites.shapes)
+    else:
+        # The subspace is not known yet; what kind of prior it is shows on a stand-in.
+        latents = ["R"]
+        trace = poutine.trace(model.prior).get_trace({"R": torch.Size([len(model.modules), 2, 2])})
+    others = sorted(set(trace.stochastic_nodes) - set(latents))
+    return {name: trace.nodes[name]["fn"] for name in latents}, others
+
+
+def _same_subspace(first: Mapping[str, torch.Tensor], second: Mapping[str, torch.Tensor]) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[k].cpu(), second[k].cpu()) for k in first)
+
+
+def start_guide(model, spec, train, init, warm_start: bool, rows: int | None) -> torch.nn.Module:
+    """The guide at its start: at init's mean or the pretrained network, as wide as the Fisher matrix or init say."""
+    start = model.start() if init is None else {name: value.clone() for name, value in init.mean().items()}
+    loc = model.sites.join(start).to(model.device)
+    stock = isinstance(spec, type) and issubclass(spec, AutoGuide)
+    # Built before the pass over the data: a family that does not fit refuses at once.
+    guide = None if stock else build_guide(spec, model, start=start)
+    rank, curvature = getattr(spec, "fisher_rank", 1), None
+    precision = model.sites.join(prior_variance(model.sample_prior, model.sites.shapes)).reciprocal()
+    if warm_start and rank:
+        curvature = Curvature(loc, precision, fisher(model, train, loc, rank, rows))
+    elif init is not None and getattr(init.guide, "has_density", False):
+        with torch.no_grad(), suppress(NotImplementedError):  # a flow has no variance
+            curvature = Curvature.of(init.guide.distribution(), precision)
+    if stock:
+        scale = None if curvature is None else float(curvature.diagonal.rsqrt().log().mean().exp())
+        return build_guide(spec, model, scale, start)
+    if isinstance(guide, LatentGuide):
+        with torch.no_grad():
+            guide.begin_at(loc) if curvature is None else guide.begin(curvature)
+    return guide

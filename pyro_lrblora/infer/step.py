@@ -1,0 +1,91 @@
+"""One optimiser step on the ELBO: learning rates, gradients of a batch, and the move."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ..data import Batch, naming_the_batch
+from ..model import BayesianLoRA
+from ..posterior import Posterior
+from .elbo import PartedELBO
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Learning rates of Adam, one per kind of parameter.
+
+    Args:
+        loc: of means, and of everything that is not named below.
+        scale: of parameters with "scale" in their name (log standard deviations: a relative step).
+        factor: of parameters with "factor" in their name; smaller, or D x K per-element steps swamp the signal.
+        head: of a point head.
+    """
+
+    loc: float = 5e-3
+    scale: float = 1e-2
+    factor: float = 1e-3
+    head: float = 1e-3
+
+    def __post_init__(self):
+        for name in ("loc", "scale", "factor", "head"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"expected a rate >= 0, got {name}={getattr(self, name)!r}")
+
+
+def optimiser_of(posterior: Posterior, rates: Rates) -> torch.optim.Optimizer:
+    """Adam over the guide, a point head and a learned prior scale, each at its own rate."""
+    head, learned = posterior.model.point_head, posterior.model.learned_scale
+    groups: dict[str, list] = {"loc": [], "scale": [], "factor": []}
+    for name, parameter in posterior.guide.named_parameters():
+        kind = name.removeprefix("extra.").split(".")[0]
+        groups["factor" if "factor" in kind else "scale" if "scale" in kind else "loc"].append(parameter)
+    # At a point the log joint has no maximum: it grows as the latents and their prior's scale go to zero together.
+    if learned is not None and not posterior.is_point:
+        groups["scale"] += learned.parameters()
+    options = [{"params": p, "lr": getattr(rates, kind)} for kind, p in groups.items() if p]
+    if head is not None:
+        options.append({"params": list(head.parameters()), "lr": rates.head})
+    return torch.optim.Adam(options, lr=options[0]["lr"])
+
+
+def add_gradients(
+    model: BayesianLoRA,
+    elbo: PartedELBO,
+    program,
+    proposal,
+    batch: Batch,
+    where: tuple[int, int | None],
+    precision: str = "fp32",
+    accumulate: int = 1,
+) -> None:
+    """Add the gradients of a batch's estimate of (-ELBO - log prior of a point head) / N / accumulate.
+
+    Args:
+        model: owns the head; of `program` and `proposal`, model and guide or their row-wise forms.
+        elbo: keeps the estimate in `bound`.
+        batch: with labels.
+        where: position and epoch, for the message.
+        precision: of the network.
+        accumulate: batches per step.
+
+    Raises:
+        FloatingPointError: NaN or infinite loss; names the batch.
+    """
+    # The network must carry the adapter through backward, where gradient checkpointing runs layers again.
+    with model.attached(precision), naming_the_batch(*where):
+        loss = elbo.differentiable_loss(program, proposal, batch)
+        loss = (loss + model.head_penalty(model.head_values())) / model.size
+        if not loss.isfinite():
+            raise FloatingPointError(f"expected a finite loss, got {loss.item()}")
+        (loss / accumulate).backward()
+
+
+def step(optimiser: torch.optim.Optimizer, clip: float | None) -> None:
+    """Move against the gradients, their norm clipped, and clear them."""
+    if clip is not None:
+        parameters = [p for group in optimiser.param_groups for p in group["params"]]
+        torch.nn.utils.clip_grad_norm_(parameters, clip)
+    optimiser.step()
+    optimiser.zero_grad()

@@ -1,0 +1,37 @@
+"""Pyro's own autoguides from fit to ArviZ."""
+
+from functools import partial
+
+import pytest
+import torch
+from conftest import LinearGaussian, label, tiny_bert, token_batches
+from pyro.distributions.transforms import affine_autoregressive, iterated
+from pyro.infer.autoguide import AutoLaplaceApproximation, AutoNormalizingFlow
+from test_svi import STOCK, fit
+
+import pyro_lrblora as lb
+
+pytestmark = pytest.mark.filterwarnings("ignore::pyro_lrblora.ScalesNotConverged")
+
+
+@pytest.mark.parametrize("guide", [*STOCK, AutoNormalizingFlow, AutoLaplaceApproximation], ids=label)
+def test_stock_guides_through_fit_predict_compare_and_arviz(guide):
+    if guide is AutoNormalizingFlow:
+        guide = partial(AutoNormalizingFlow, init_transform_fn=partial(iterated, 1, affine_autoregressive))
+    batches = token_batches()
+    model = lb.BayesianLoRA(tiny_bert(), lb.LoRAXS(2)).prepare(batches)
+    posterior = fit(model, guide=guide, epochs=20)
+    assert lb.predict(posterior, batches, draws=3).logits.std(0).max() > 0
+    table = lb.compare({"stock": posterior}, batches, draws=3)
+    assert table.loc["stock", "NLL"] > 0
+    assert posterior.to_arviz(batches, draws=5).posterior["R"].sizes["draw"] == 5
+
+
+def test_pyros_laplace_is_the_exact_posterior_of_a_linear_gaussian_model():
+    problem = LinearGaussian(rank=2)
+    rates = lb.Rates(loc=0.02)
+    posterior = fit(problem.model, problem.batches(8), guide=AutoLaplaceApproximation, epochs=1500, rates=rates)
+    normal = posterior.guide.get_posterior()
+    sd = torch.linalg.inv(problem.precision).diagonal().sqrt()
+    assert ((normal.mean.double() - problem.mean).abs() / sd).max() < 0.05
+    torch.testing.assert_close(normal.precision_matrix.double(), problem.precision, rtol=1e-3, atol=1e-2)
