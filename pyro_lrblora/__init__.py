@@ -1,11 +1,11 @@
 """Bayesian LoRA in a projected subspace, on Pyro: fine-tune a transformer and know how sure it is."""
 
-from . import adapters, data, distributions, guides, infer, likelihoods, metrics, plots, priors, projections
+from . import adapters, data, distributions, evidence, guides, infer, likelihoods, metrics, plots, priors, projections
 from .adapters import LoRA, LoRAXS
-from .comparison import compare
+from .comparison import Comparison, compare
 from .data import Batches
 from .head import FixedHead
-from .infer import Rates, ScalesNotConverged
+from .infer import ChainsNotConverged, Rates, ScalesNotConverged
 from .infer import svi as fit
 from .model import BayesianLoRA
 from .posterior import Posterior, fixed_from
@@ -14,6 +14,8 @@ from .predictive import Prediction, predict
 __all__ = [
     "Batches",
     "BayesianLoRA",
+    "ChainsNotConverged",
+    "Comparison",
     "FixedHead",
     "LoRA",
     "LoRAXS",
@@ -25,6 +27,7 @@ __all__ = [
     "compare",
     "data",
     "distributions",
+    "evidence",
     "fit",
     "fixed_from",
     "guides",

@@ -9,47 +9,55 @@ import numpy as np
 import torch
 
 from .data import as_batches
+from .guides.draws import DrawsGuide
 from .posterior import Posterior
 from .predictive import predict
 
 _AXES = ("module", "row", "col")
 
 
-def to_arviz(posterior: Posterior, data=None, draws: int = 100, seed: int = 0):
+def to_arviz(posterior: Posterior, data=None, draws: int | None = None, seed: int = 0):
     """A posterior's draws, prior draws and predictions: InferenceData on ArviZ 0.x, an xarray DataTree on 1.x.
 
     Groups: posterior, prior and sample_stats (log_q, the guide's log density in nats, where it has one); with data
-    also posterior_predictive, and with labels log_likelihood and observed_data. Draws are independent: one chain, no
-    R-hat or ESS to look at. Latent sites have the dims (module, row, col), with module names as coordinates.
+    also posterior_predictive, and with labels log_likelihood and observed_data. Stored draws keep their chains; any
+    others are independent: one chain, no R-hat or ESS to look at. Latent sites have the dims (module, row, col), with
+    module names as coordinates.
 
     Args:
         posterior: what a fit returned.
         data: rows to predict, see predict; None leaves out the groups that need them.
-        draws: S.
+        draws: S, of all chains together, rounded down to equally many from each; None is 100, or all stored ones.
         seed: of the draws.
     """
+    chains = 1
+    if isinstance(posterior.guide, DrawsGuide):
+        chains, total = posterior.guide.chains, posterior.guide.total
+        draws = max(1, min(total if draws is None else draws, total) // chains) * chains
+    draws = 100 if draws is None else draws
+    by_chain = lambda values: _by_chain(values, chains)
     samples = posterior.sample(draws, seed=seed)
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(seed)
         prior = [posterior.model.sample_prior() for _ in range(draws)]
     groups = {
-        "posterior": _one_chain(samples),
-        "prior": _one_chain({name: torch.stack([draw[name] for draw in prior]) for name in prior[0]}),
+        "posterior": by_chain(samples),
+        "prior": _by_chain({name: torch.stack([draw[name] for draw in prior]) for name in prior[0]}, 1),
     }
     with suppress(TypeError):  # the guide has no density
-        groups["sample_stats"] = _one_chain({"log_q": posterior.log_prob(samples)})
+        groups["sample_stats"] = by_chain({"log_q": posterior.log_prob(samples)})
     if data is not None:
         batches = as_batches(data, posterior.model.tokenizer, batch_size=64, by_length=True)
         prediction = predict(posterior, batches, draws=draws, seed=seed)
         log_probs = prediction.logits.log_softmax(-1)
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            groups["posterior_predictive"] = _one_chain(
+            groups["posterior_predictive"] = by_chain(
                 {"labels": torch.distributions.Categorical(logits=log_probs).sample()}
             )
         if prediction.labels is not None:
             index = prediction.labels.expand(draws, -1).unsqueeze(-1)
-            groups["log_likelihood"] = _one_chain({"labels": log_probs.gather(-1, index).squeeze(-1)})
+            groups["log_likelihood"] = by_chain({"labels": log_probs.gather(-1, index).squeeze(-1)})
             groups["observed_data"] = {"labels": prediction.labels.numpy()}
     dims, coords = _dims_and_coords(posterior.model, groups["posterior"])
     return from_groups(groups, dims, coords)
@@ -75,9 +83,63 @@ def from_groups(
     return az.from_dict(**groups, dims=dict(dims), coords=dict(coords))
 
 
-def _one_chain(values: Mapping[str, torch.Tensor]) -> dict[str, np.ndarray]:
-    """(S, ...) as (chain=1, draw=S, ...)."""
-    return {name: value.detach().cpu().numpy()[None] for name, value in values.items()}
+def convergence(draws: Mapping[str, torch.Tensor]) -> tuple[float, float]:
+    """The largest rank-normalised split R-hat and the smallest bulk ESS over all entries of all sites.
+
+    Args:
+        draws: by site, (chains, S, *site shape); the halves of a lone chain are compared. NaN where an entry never
+            moves or a chain is too short.
+
+    Returns:
+        R-hat and the effective sample size of all chains together (Vehtari et al. 2021, arXiv 1903.08008).
+    """
+    import arviz as az
+
+    flat = [value.detach().cpu().double().reshape(*value.shape[:2], -1) for value in draws.values()]
+    entries = torch.cat(flat, dim=2).movedim(2, 0).numpy()
+    if entries.shape[1] == 1:
+        half = entries.shape[2] // 2
+        entries = entries[:, :, -2 * half :].reshape(-1, 2, half)
+    # Two axes at a time: the one form that both lines of ArviZ take. NaN passes through max and min.
+    return tuple(float(best([of(entry) for entry in entries])) for best, of in ((np.max, az.rhat), (np.min, az.ess)))
+
+
+def psis(log_weights: np.ndarray, tolerance: float = 1e-6) -> tuple[np.ndarray, np.ndarray]:
+    """Pareto-smoothed importance sampling (Vehtari et al. 2024, arXiv 1507.02646).
+
+    Args:
+        log_weights: (N, S), one row at a time; in nats up to a constant.
+        tolerance: a row whose range is below it has constant weights and k-hat 0.
+
+    Returns:
+        Normalised smoothed log weights (N, S) and k-hat (N,). Where there is no tail to fit (S < 25, or one of equal
+        weights) the weights are normalised only, and k-hat is NaN.
+    """
+    import arviz as az
+
+    if int(az.__version__.split(".")[0]) >= 1:
+        from arviz_stats.base import array_stats
+
+        smooth = lambda row: array_stats.psislw(-row)
+    else:
+        smooth = az.psislw
+    smoothed = log_weights - np.logaddexp.reduce(log_weights, axis=1, keepdims=True)
+    constant = (np.ptp(log_weights, axis=1) < tolerance) & (log_weights.shape[1] > 1)
+    k_hat = np.where(constant, 0.0, np.nan)
+    if log_weights.shape[1] < 25:
+        return smoothed, k_hat
+    for number in np.flatnonzero(~constant):
+        # ArviZ 1.x raises on a tail of equal weights, 0.x says infinity.
+        with suppress(ValueError):
+            row, k = smooth(log_weights[number])
+            if np.isfinite(k):
+                smoothed[number], k_hat[number] = row, k
+    return smoothed, k_hat
+
+
+def _by_chain(values: Mapping[str, torch.Tensor], chains: int) -> dict[str, np.ndarray]:
+    """(S, ...) as (chain, draw, ...)."""
+    return {name: value.detach().cpu().unflatten(0, (chains, -1)).numpy() for name, value in values.items()}
 
 
 def _dims_and_coords(model, variables: Mapping[str, np.ndarray]) -> tuple[dict, dict]:

@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import time
+from collections.abc import Iterable, Iterator, Mapping
 
+import numpy as np
 import pandas as pd
 
 from . import metrics
 from .data import as_batches
+from .evidence import check_fitted_rows, importance, why_no_density
+from .guides.ensemble import EnsembleGuide
+from .guides.mixture import MixtureGuide
 from .posterior import Posterior
-from .predictive import Prediction, predict
+from .predictive import predict
+
+_EVIDENCE = ["ELBO per row", "ELBO per row SE", "LOO per row", "LOO per row SE", "k-hat > 0.7"]
+_COSTS = ["parameters", "head", "total", "of LoRA r=8", "training s", "s/step", "s/1000 predictions"]
+_SUFFIXES = (", mean", ", linearised", ", temperature")
+_WITHOUT = {
+    "train": "no training rows were given: no training NLL, ELBO or LOO",
+    "validation": "no validation rows were given: no temperature scaling",
+}
 
 
 def compare(
@@ -19,81 +32,222 @@ def compare(
     train=None,
     validation=None,
     draws: int = 10,
+    evidence_draws: int = 50,
     bins: int = 15,
     seed: int = 0,
     tokenizer=None,
-) -> pd.DataFrame:
-    """Score posteriors on the same rows: the predictive, the posterior mean alone, and each after temperature scaling.
+) -> Comparison:
+    """Score posteriors on the same rows, with what the fitted rows say for each and what each costs.
 
     Args:
-        posteriors: name -> what a fit returned; a point fit has one row, any other a second one for its mean.
+        posteriors: name -> what a fit returned.
         test: the rows that are scored.
-        train: the rows that were fitted: adds their NLL, far below the test rows' where a fit is overconfident.
-        validation: the rows the temperature is fitted on: adds the scores after scaling.
-        draws: S.
+        train: the rows that were fitted: adds the evidence, and their NLL, far below the test rows' where a fit is
+            overconfident.
+        validation: the rows the temperature is fitted on: adds the rows ", temperature".
+        draws: S of the predictions.
+        evidence_draws: S of ELBO and LOO; k-hat needs at least 25.
         bins: of the ECE, equal width.
         seed: of the draws.
         tokenizer: for a datasets.Dataset, where a model has none.
 
     Returns:
-        A row per posterior and one per posterior mean. Columns: accuracy, NLL (nats), ECE with its bins, Brier;
-        temperature and scores at it; training NLL; the parameters of the posterior, of the head, and the posterior's
-        as a share of LoRA r=8 on the same modules; seconds per training step.
+        A row per posterior, one for its mean alone (not of a point, nor where there are several modes), for a Laplace
+        approximation one with the linearised predictive, and one for each of them after temperature scaling. Columns:
+        accuracy, NLL (nats), ECE with its bins, Brier; differences of NLL and Brier from the row with the best NLL,
+        with standard errors of the paired difference over test rows; temperature; training NLL;
+        ELBO and PSIS-LOO, both in nats per training row, with standard errors (of the ELBO over draws, of LOO over
+        rows), and the share of rows whose k-hat is above 0.7, see pyro_lrblora.evidence;
+        parameters of the posterior, of the head, of both, and the posterior's as a share of LoRA r=8 on the same
+        modules; seconds of the epochs (or chains) in the history, per step, and per 1000 test rows in this call.
+        What is left out, and why, is in attrs["notes"].
+
+    Raises:
+        ValueError: before any prediction: no posteriors, different numbers of classes, no labels, or training rows
+            that are not as many as were fitted.
     """
+    given = {"test": test, "validation": validation, "train": train}
+    data = _checked(posteriors, {role: rows for role, rows in given.items() if rows is not None}, tokenizer)
+    rows, losses, notes = {}, {}, {note: [] for role, note in _WITHOUT.items() if given[role] is None}
+    for name, posterior in posteriors.items():
+        batches = data[name]
+        labels = {role: rows_.labels for role, rows_ in batches.items()}
+        evidence = (
+            _evidence(name, posterior, batches["train"], evidence_draws, seed, notes) if train is not None else {}
+        )
+        for label, at in _versions(name, posterior, notes):
+            begun = time.perf_counter()
+            how = {"draws": 1 if posterior.is_point else draws, "seed": seed}
+            how |= {"at": "mean"} if at == "mean" else {"method": at} if at else {}
+            log_probs = {"test": predict(posterior, batches["test"], **how).log_probs}
+            seconds = 1000 * (time.perf_counter() - begun) / batches["test"].rows
+            for role in batches.keys() - {"test"}:
+                log_probs[role] = predict(posterior, batches[role], **how).log_probs
+            costs = _costs(posterior) | {"s/1000 predictions": seconds}
+            temperatures = {label: 1.0}
+            if validation is not None:
+                fitted = metrics.fit_temperature(log_probs["validation"], labels["validation"])
+                temperatures[f"{label}, temperature"] = fitted
+            for row, temperature in temperatures.items():
+                probs = {role: metrics.apply_temperature(each, temperature) for role, each in log_probs.items()}
+                losses[row] = _losses(probs["test"], labels["test"])
+                rows[row] = _scores(probs, labels, bins) | costs
+                if row != label:
+                    rows[row]["temperature"] = temperature
+            if at is None:
+                rows[label] |= evidence
+    table = pd.DataFrame.from_dict(rows, orient="index")
+    best = table["NLL"].idxmin()
+    for name in ("NLL", "Brier"):
+        differences = {row: each[name] - losses[best][name] for row, each in losses.items()}
+        table[f"{name} - best"] = {row: each.mean() for row, each in differences.items()}
+        table[f"{name} - best SE"] = {row: each.std(ddof=1) / len(each) ** 0.5 for row, each in differences.items()}
+    table = Comparison(table[[column for column in _columns(bins) if column in table]])
+    table.attrs["notes"] = [f"{', '.join(names)}: {note}" if names else note for note, names in notes.items()]
+    return table
+
+
+class Comparison(pd.DataFrame):
+    """What `compare` returns: a DataFrame that prints in blocks, a value with its standard error as one column.
+
+    A selection of it, and everything else that pandas makes of it, is a plain DataFrame.
+    """
+
+    def __repr__(self) -> str:
+        blocks = {
+            "On test rows:": [name for name in self if name not in _EVIDENCE + _COSTS],
+            "Evidence, in nats per training row:": [name for name in _EVIDENCE if name in self],
+            "Costs (a row after temperature scaling costs what it scales):": [name for name in _COSTS if name in self],
+        }
+        parts = []
+        for title, names in blocks.items():
+            block = pd.DataFrame(self[names]).dropna(how="all")
+            if title.startswith("Costs"):
+                block = block.drop_duplicates()
+            if len(block) and names:
+                cells = _cells(block).set_axis(_indented(block.index))
+                parts.append(f"{title}\n{cells.to_string(line_width=120)}")
+        notes = self.attrs.get("notes", [])
+        return "\n\n".join(parts + (["\n".join(f"- {note}" for note in notes)] if notes else []))
+
+
+def _cells(block: pd.DataFrame) -> pd.DataFrame:
+    """The block as text."""
+    text = block.map(lambda value: "" if pd.isna(value) else f"{value:.3f}" if isinstance(value, float) else str(value))
+    for name in [name for name in block if f"{name} SE" in block]:
+        errors = text.pop(f"{name} SE")
+        text[name] = text[name].where(errors == "", text[name] + " ± " + errors)
+    return text.rename(columns={"temperature": "T"})  # of all headers the widest over the narrowest figures
+
+
+def _indented(rows: Iterable[str]) -> list[str]:
+    """Row names, those that belong to the one above without its name: tables fit a terminal."""
+    owner, names = None, []
+    for row in map(str, rows):
+        if owner is not None and row.startswith(f"{owner}, ") and row.endswith(_SUFFIXES):
+            names.append("  " + row.removeprefix(f"{owner}, "))
+        else:
+            owner = row
+            names.append(row)
+    return names
+
+
+def _columns(bins: int) -> list[str]:
+    scores = ["accuracy", "NLL", "NLL - best", "NLL - best SE", f"ECE ({bins} bins)", "Brier", "Brier - best"]
+    return [*scores, "Brier - best SE", "temperature", "train NLL", *_EVIDENCE, *_COSTS]
+
+
+def _checked(posteriors: Mapping[str, Posterior], given: Mapping, tokenizer) -> dict[str, dict]:
+    """The batches of every role for every posterior, all of it checked."""
     if not posteriors:
         raise ValueError("expected at least one posterior, got none")
-    rows = {}
+    classes = {name: posterior.model.classes for name, posterior in posteriors.items()}
+    if len(set(classes.values())) > 1:
+        raise ValueError(f"expected posteriors over the same classes, got these numbers of classes: {classes}")
+    taken = [name for name in posteriors if name.endswith(_SUFFIXES)]
+    if taken:
+        raise ValueError(
+            f"expected names that do not end in ', mean', ', linearised' or ', temperature' as rows do, got {taken}"
+        )
+    shared, data = {}, {}
     for name, posterior in posteriors.items():
         tok = tokenizer or posterior.model.tokenizer
-        data = {
-            role: as_batches(given, tok, batch_size=64, by_length=True)
-            for role, given in (("test", test), ("validation", validation), ("train", train))
-            if given is not None
-        }
-        for label, at in ((name, None), (f"{name}, mean", "mean")):
-            if posterior.is_point and at is not None:
-                continue
-            count = 1 if posterior.is_point else draws
-            predictions = {
-                role: predict(posterior, rows_, draws=count, at=at, seed=seed) for role, rows_ in data.items()
+        if id(tok) not in shared:
+            shared[id(tok)] = {
+                role: as_batches(rows, tok, batch_size=64, by_length=True) for role, rows in given.items()
             }
-            rows[label] = _scores(predictions, bins) | _costs(posterior)
-    return pd.DataFrame.from_dict(rows, orient="index")
+        data[name] = shared[id(tok)]
+        for role, batches in data[name].items():
+            posterior.model.check_labels(batches, f"{role} data")
+        if "train" in given:
+            check_fitted_rows(posterior, data[name]["train"])
+    return data
 
 
-def _scores(predictions: Mapping[str, Prediction], bins: int) -> dict[str, float]:
-    test = predictions["test"]
-    if test.labels is None:
-        raise ValueError("expected labels in the test data, got none")
-    ece = f"ECE ({bins} bins)"
+def _versions(name: str, posterior: Posterior, notes: dict[str, list[str]]) -> Iterator[tuple[str, str | None]]:
+    """The posterior, its mean where that is another prediction and means something, and a Laplace one linearised."""
+    yield name, None
+    if isinstance(posterior.guide, EnsembleGuide | MixtureGuide):
+        notes.setdefault("no row for its mean, which lies between modes", []).append(name)
+    elif not posterior.is_point:
+        yield f"{name}, mean", "mean"
+    if posterior.settings.get("method") == "laplace":
+        # Away from the mode the network is not the one whose curvature was taken.
+        yield f"{name}, linearised", "linearised"
+
+
+def _scores(probs: Mapping[str, np.ndarray], labels: Mapping, bins: int) -> dict[str, float]:
+    test = (probs["test"], labels["test"])
     row = {
-        "accuracy": metrics.accuracy(test.probs, test.labels),
-        "NLL": metrics.nll(test.probs, test.labels),
-        ece: metrics.ece(test.probs, test.labels, bins),
-        "Brier": metrics.brier(test.probs, test.labels),
+        "accuracy": metrics.accuracy(*test),
+        "NLL": metrics.nll(*test),
+        f"ECE ({bins} bins)": metrics.ece(*test, bins),
+        "Brier": metrics.brier(*test),
     }
-    if "validation" in predictions:
-        validation = predictions["validation"]
-        temperature = metrics.fit_temperature(validation.log_probs, validation.labels)
-        scaled = metrics.apply_temperature(test.log_probs, temperature)
-        row |= {
-            "temperature": temperature,
-            "NLL at T": metrics.nll(scaled, test.labels),
-            "ECE at T": metrics.ece(scaled, test.labels, bins),
-            "Brier at T": metrics.brier(scaled, test.labels),
-        }
-    if "train" in predictions:
-        row["train NLL"] = metrics.nll(predictions["train"].probs, predictions["train"].labels)
+    if "train" in probs:
+        row["train NLL"] = metrics.nll(probs["train"], labels["train"])
     return row
+
+
+def _losses(probs: np.ndarray, labels) -> dict[str, np.ndarray]:
+    """What NLL and Brier are the means of, (N,) each."""
+    hits = np.eye(probs.shape[1])[np.asarray(labels).astype(int)]
+    return {
+        "NLL": -np.log(np.maximum((probs * hits).sum(-1), 1e-30)),
+        "Brier": np.square(probs - hits).sum(-1),
+    }
+
+
+def _evidence(
+    name: str, posterior: Posterior, train, draws: int, seed: int, notes: dict[str, list[str]]
+) -> dict[str, float]:
+    reason = why_no_density(posterior)
+    if reason:
+        notes.setdefault(f"no ELBO or LOO: {reason}", []).append(name)
+        return {}
+    pieces = importance(posterior, train, draws, seed)
+    elbo, loo = pieces.elbo, pieces.loo
+    total = loo.total
+    if posterior.model.point_head is not None:
+        notes.setdefault("ELBO and LOO are conditional on the point head", []).append(name)
+    if loo.note:
+        notes.setdefault(loo.note, []).append(name)
+    values = (elbo.value, elbo.standard_error, total.value, total.standard_error)
+    row = [value / train.rows for value in values] + [loo.share_above(0.7)]
+    return dict(zip(_EVIDENCE, row, strict=True))
 
 
 def _costs(posterior: Posterior) -> dict[str, float]:
     counts, history = posterior.parameter_counts(), posterior.history
     lora = sum(8 * sum(module.weight.shape) for module in posterior.model.modules.values())
-    steps = history[-1]["step"] if history else 0
+    seconds = sum(row.get("seconds", 0.0) for row in history)
+    # Every member of an ensemble counts its steps from one.
+    steps = sum({row.get("member"): row.get("step", 0) for row in history}.values())
     return {
         "parameters": counts["posterior"],
         "head": counts["head"],
+        "total": counts["posterior"] + counts["head"],
         "of LoRA r=8": counts["posterior"] / lora,
-        "s/step": sum(row["seconds"] for row in history) / steps if steps else float("nan"),
+        "training s": seconds if history else float("nan"),
+        "s/step": seconds / steps if steps else float("nan"),
     }

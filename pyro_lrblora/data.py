@@ -79,7 +79,8 @@ class Batches:
     def __iter__(self) -> Iterator[Batch]:
         order = self.order
         if self._generator is not None:
-            order = torch.randperm(self.rows, generator=self._generator).numpy()
+            # Kept, so that whoever reads `order` after a pass knows which row was where in it.
+            order = self.order = torch.randperm(self.rows, generator=self._generator).numpy()
         for start in range(0, self.rows, self._batch_size):
             yield self._collate(order[start : start + self._batch_size])
 

@@ -17,10 +17,11 @@ from . import likelihoods, priors
 from .adapters import LoRAXS
 from .adapters.attach import Attachment
 from .adapters.statistics import sum_statistics
-from .adapters.targets import base_weight, check_rank, find_targets
+from .adapters.targets import check_rank, find_targets
 from .data import Batch, as_batches, batch_rows
 from .data_plate import DataPlate
-from .head import FixedHead, PointHead, head_parameters, output_layer, probe_head
+from .head import FixedHead, PointHead, check_head, head_parameters, output_layer, probe_head
+from .priors.learned import LearnedScale
 
 
 class BayesianLoRA:
@@ -71,9 +72,10 @@ class BayesianLoRA:
         excluded = {name.rpartition(".")[0] for name in parameters}
         excluded |= {name for name, module in network.named_modules() if module is output}
         self.modules = find_targets(network, self.adapter.targets, self.adapter.layers, excluded)
-        check_rank(self.adapter.rank, self.modules)
+        check_rank(self.adapter, self.modules)
         self.prepared = False  # whether `prepare` has seen the training data
         self._adapted = None
+        self._learned_scale: LearnedScale | None = None
         self._attachment: Attachment | None = None
         self._precision = "fp32"
         self._class_names: Sequence[str] | None = None
@@ -105,6 +107,13 @@ class BayesianLoRA:
     def sites(self):
         """The latent sites, a LatentSites: names, shapes and D."""
         return self.adapted.sites
+
+    @property
+    def learned_scale(self) -> LearnedScale | None:
+        """The trained scale of a Learned prior, at its start in every copy; else None."""
+        if self._learned_scale is None and isinstance(self.prior, priors.Learned):
+            self._learned_scale = LearnedScale(self.prior, self.sites.shapes, self.device)
+        return self._learned_scale
 
     @property
     def classes(self) -> int | None:
@@ -156,7 +165,7 @@ class BayesianLoRA:
         """Sample the latents, and a Bayesian head, from the prior: sites by name, drawn on the model's device."""
         shapes = self.sites.shapes
         with nullcontext() if self.device.type == "cpu" else torch.device(self.device):
-            values = self.prior(shapes)
+            values = self.prior(shapes) if self.learned_scale is None else self.prior(shapes, self.learned_scale())
             missing = [name for name in shapes if name not in (values or {})]
             if missing:
                 raise KeyError(f"expected the prior to return every latent site {list(shapes)}, missing {missing}")
@@ -186,8 +195,8 @@ class BayesianLoRA:
             values: sites by name, the parameters of a Bayesian head among them.
             head: what head_values returned.
         """
-        if self.head == "bayesian":
-            head = {name: values[name] for name in self.head_start}
+        # A Bayesian head is among the values, and so is the head of an ensemble's member.
+        head = {**head, **{name: values[name] for name in self.head_start if name in values}}
         with self.attached() if self._attachment is None else nullcontext():
             self._attachment.set({name: values[name] for name in self.sites.shapes}, head)
             return self._run(batch)
@@ -299,33 +308,25 @@ class BayesianLoRA:
             self.likelihood.check_labels(batches.labels, self.classes)
 
     def induced_sd(self, draws: int = 200, seed: int = 0) -> dict[str, float]:
-        """Prior standard deviation of the entries of W - W0 (root mean square over entries), per module.
+        """Prior standard deviation of the entries of W - W0 per module; see pyro_lrblora.prior_predictive."""
+        from .prior_predictive import induced_sd
 
-        Args:
-            draws: prior draws.
-            seed: of the draws.
-        """
-        squares = dict.fromkeys(self.modules, 0.0)
-        with torch.random.fork_rng(), poutine.block(), torch.no_grad():
-            torch.manual_seed(seed)
-            for _ in range(draws):
-                for name, latent in self.adapted.per_module(self.sample_prior()).items():
-                    left, right = self.adapted.low_rank_factors(name, latent)
-                    # |L R|_F^2 = tr(L'L R R'): r x r throughout.
-                    squares[name] += float(((left.T @ left) * (right @ right.T)).sum()) / draws
-        sizes = {name: base_weight(module).numel() for name, module in self.modules.items()}
-        return {name: (square / sizes[name]) ** 0.5 for name, square in squares.items()}
+        return induced_sd(self, draws, seed)
+
+    def prior_predictive(self, data, draws: int = 100, seed: int = 0, **options):
+        """A Prediction with draws from the prior, labels not needed; see pyro_lrblora.prior_predictive."""
+        from .prior_predictive import prior_predictive
+
+        return prior_predictive(self, data, draws, seed, **options)
 
     def _copy(self, **changes) -> BayesianLoRA:
         new = copy.copy(self)
         new.__dict__.update(changes)
+        new._learned_scale = None  # a copy learns the scale anew
         return new
 
     def _set_head(self, head: str | FixedHead, start: Mapping[str, Tensor]) -> None:
-        if not (isinstance(head, FixedHead) or head in ("point", "bayesian", "frozen")):
-            raise ValueError(f"expected head='point', 'bayesian', 'frozen' or a FixedHead, got {head!r}")
-        if isinstance(head, FixedHead) and set(head.values) != set(start):
-            raise ValueError(f"expected a head with parameters {sorted(start)}, got {sorted(head.values)}")
+        check_head(head, start)
         self.head, self.head_start = head, {name: value.to(self.device) for name, value in start.items()}
         self._fixed_head = {}
         if isinstance(head, FixedHead):

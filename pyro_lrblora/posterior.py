@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import wraps
 
@@ -13,9 +14,11 @@ from pyro.infer.autoguide import AutoDelta
 from pyro.nn import PyroModule
 from torch import Tensor
 
-from .distributions import CovarianceFactors
+from .distributions import BlockCovariance, CovarianceFactors
 from .guides import LatentGuide
 from .guides.delta import DeltaGuide
+from .guides.draws import DrawsGuide
+from .guides.ensemble import EnsembleGuide
 from .guides.stock import stock_log_prob
 from .head import FixedHead
 from .model import BayesianLoRA
@@ -70,6 +73,8 @@ class Posterior:
     def sample(self, draws: int, seed: int | None = None) -> dict[str, Tensor]:
         """Independent draws of every site: the latents, a prior's scales, a Bayesian head.
 
+        Of stored draws (a Markov chain's) it takes `draws` evenly spaced over all of them, whatever the seed.
+
         Args:
             draws: S, at least 1.
             seed: makes the draws reproducible; None uses torch's own generator.
@@ -79,9 +84,13 @@ class Posterior:
         """
         if draws < 1:
             raise ValueError(f"expected draws >= 1, got draws={draws}")
+        if isinstance(self.guide, DrawsGuide):
+            return self.guide.spread(draws)
         with torch.random.fork_rng(enabled=seed is not None):
             if seed is not None:
                 torch.manual_seed(seed)
+            if isinstance(self.guide, EnsembleGuide):
+                return self.guide.spread(draws)
             traces = [poutine.trace(self.guide).get_trace() for _ in range(draws)]
         names = [name for name in traces[0].stochastic_nodes if not traces[0].nodes[name]["infer"].get("is_auxiliary")]
         return {name: torch.stack([trace.nodes[name]["value"] for trace in traces]) for name in names}
@@ -98,6 +107,8 @@ class Posterior:
             TypeError: the guide has no density that can be evaluated.
         """
         if isinstance(self.guide, LatentGuide):
+            if not self.guide.has_density:
+                raise TypeError(f"expected a guide with a density, got {type(self.guide).__name__}")
             latents = self.guide.distribution().log_prob(self.model.sites.join(samples))
             extra = self.guide.extra
             return latents if extra is None else latents + stock_log_prob(extra, samples)
@@ -106,32 +117,38 @@ class Posterior:
     @local_parameters
     @torch.no_grad()
     def mean(self) -> dict[str, Tensor]:
-        """The posterior mean of the latents and the median of every other site, by site."""
+        """The posterior mean of the latents and the median of every other site (of stored draws, the mean), by site."""
+        if isinstance(self.guide, DrawsGuide):
+            return self.guide.mean()
         if isinstance(self.guide, LatentGuide):
             values = {} if self.guide.extra is None else self.guide.extra.median()
-            return values | self.model.sites.split(self.guide.distribution().mean.detach())
-        try:
+            with suppress(NotImplementedError):
+                return values | self.model.sites.split(self.guide.distribution().mean.detach())
+        with suppress(NotImplementedError, AttributeError):
             return self.guide.median()
-        except (NotImplementedError, AttributeError):  # a flow, or a guide of the user's own, has none
-            pass
-        return {name: draws.mean(0) for name, draws in self.sample(256, seed=0).items()}
+        # A flow, or a guide of the user's own, has neither; of an ensemble, as many draws from every member.
+        draws = 64 * len(self.guide.members) if isinstance(self.guide, EnsembleGuide) else 256
+        return {name: values.mean(0) for name, values in self.sample(draws, seed=0).items()}
 
     @local_parameters
     @torch.no_grad()
-    def covariance(self) -> CovarianceFactors:
-        """The covariance of the D latents as diagonal and factor; dense() makes the matrix where D is small.
+    def covariance(self) -> CovarianceFactors | BlockCovariance:
+        """The covariance of the D latents: its `variance`, `times` a vector, and `dense()` where D is small.
 
         Raises:
             TypeError: the guide is not one of this library's Gaussian families.
         """
-        if not isinstance(self.guide, LatentGuide):
+        if isinstance(self.guide, DrawsGuide):
+            draws = self.model.sites.join(self.guide.spread(self.guide.total))
+            return CovarianceFactors(torch.zeros_like(draws[0]), (draws - draws.mean(0)).T / (len(draws) - 1) ** 0.5)
+        if not (isinstance(self.guide, LatentGuide) and self.guide.symmetric):
             raise TypeError(
-                f"expected a guide of pyro_lrblora.guides for covariance factors, got {type(self.guide).__name__}; use "
-                "the sample covariance of posterior.sample(draws)"
+                f"expected a Gaussian guide of pyro_lrblora.guides for covariance factors, got "
+                f"{type(self.guide).__name__}; use the sample covariance of posterior.sample(draws)"
             )
         q = self.guide.distribution()
-        if hasattr(q, "covariance_factors"):
-            return q.covariance_factors()
+        if hasattr(q, "covariance"):
+            return q.covariance()
         return CovarianceFactors(q.variance, q.variance.new_zeros(q.event_shape[0], 0))
 
     @local_parameters
@@ -140,9 +157,10 @@ class Posterior:
         return {name: value.detach() for name, value in self.model.head_values().items()}
 
     def parameter_counts(self) -> dict[str, int]:
-        """How many parameters the posterior and the head have."""
+        """How many parameters the posterior (of stored draws: the numbers stored) and the head have."""
         return {
-            "posterior": sum(p.numel() for p in self.guide.parameters()),
+            "posterior": sum(p.numel() for p in self.guide.parameters())
+            or sum(b.numel() for b in self.guide.buffers()),
             "head": sum(value.numel() for value in self.head().values()),
         }
 
@@ -159,7 +177,7 @@ class Posterior:
 
         return load(folder, network, tokenizer=tokenizer, prior=prior, likelihood=likelihood, guide=guide)
 
-    def to_arviz(self, data=None, draws: int = 100, seed: int = 0):
+    def to_arviz(self, data=None, draws: int | None = None, seed: int = 0):
         """The posterior's draws, prior draws, and predictions on `data` as ArviZ data; see pyro_lrblora.arviz_io."""
         from .arviz_io import to_arviz
 

@@ -39,6 +39,8 @@ def save(posterior: Posterior, folder) -> None:
     tensors = {f"guide.{k}": v for k, v in posterior.guide.state_dict().items()}
     tensors |= {f"adapter.{k}": v for k, v in model.adapted.tensors().items()}
     tensors |= {f"head.{k}": v for k, v in (head or model.head_start).items()}
+    if model.learned_scale is not None:
+        tensors |= {f"prior.{k}": v for k, v in model.learned_scale.state_dict().items()}
     names, tensors["base"] = _base_probe(model.network, set(model.head_start))
     card = {
         "format": _FORMAT,
@@ -107,6 +109,8 @@ def load(folder, network: nn.Module, *, tokenizer=None, prior=None, likelihood=N
         fitted = build_guide(spec, model)
     try:
         fitted.load_state_dict(part("guide."))
+        if model.learned_scale is not None:
+            model.learned_scale.load_state_dict(part("prior."))
     except RuntimeError as error:
         raise ValueError(f"expected the parameters of {spec!r} in {folder}, got others: {error}") from error
     return Posterior(model, fitted.to(model.device), spec, history, settings)
@@ -159,9 +163,14 @@ def _check_base(network: nn.Module, head: set[str], names: list[str], saved: Ten
 def _describe(spec) -> dict:
     """A spec as JSON: its class and fields; a user's own function by its repr only."""
     if dataclasses.is_dataclass(spec) and type(spec).__module__.startswith(__package__):
-        fields = {f.name: getattr(spec, f.name) for f in dataclasses.fields(spec)}
-        nested = lambda value: _describe(value) if dataclasses.is_dataclass(value) else value
-        return {"type": type(spec).__name__, "fields": {k: nested(v) for k, v in fields.items()}}
+
+        def nested(value):
+            if isinstance(value, list | tuple | range):
+                return [nested(v) for v in value]
+            return _describe(value) if dataclasses.is_dataclass(value) or isinstance(value, type) else value
+
+        fields = {f.name: nested(getattr(spec, f.name)) for f in dataclasses.fields(spec)}
+        return {"type": type(spec).__name__, "fields": fields}
     if isinstance(spec, type) and issubclass(spec, AutoGuide) and _autoguide(spec.__name__) is spec:
         return {"autoguide": spec.__name__}
     return {"own": repr(spec)}
@@ -176,7 +185,13 @@ def _restore(card: dict, namespace, given, role: str):
         return _autoguide(card["autoguide"])
     if card["type"] not in namespace.__all__:
         raise ValueError(f"expected a {role} of {namespace.__name__}, got {card['type']!r}")
-    nested = lambda value: _restore(value, projections, None, role) if isinstance(value, dict) else value
+
+    def nested(value):
+        if isinstance(value, list):
+            return [nested(v) for v in value]
+        inner = projections if namespace is adapters else namespace
+        return _restore(value, inner, None, role) if isinstance(value, dict) else value
+
     return getattr(namespace, card["type"])(**{k: nested(v) for k, v in card["fields"].items()})
 
 

@@ -21,6 +21,21 @@ import pyro_lrblora as lb
 
 pytestmark = pytest.mark.filterwarnings("ignore::pyro_lrblora.ScalesNotConverged")
 STOCK = [AutoNormal, AutoMultivariateNormal, AutoLowRankMultivariateNormal]
+XS, BOTH = lb.LoRAXS(2), lb.LoRA(2, "all-linear")  # one site, and four
+FAMILIES = [
+    lb.guides.BlockLowRank(2),
+    lb.guides.BlockLowRank(2, "covariance"),
+    lb.guides.FullRank(),
+    lb.guides.FullRank(per_module=True),
+    lb.guides.MatrixNormal(),
+    lb.guides.RotatedDiagonal(),
+    lb.guides.Flow(hidden=4),
+    lb.guides.Mixture(2),
+    lb.guides.Mixture(2, "delta"),
+    lb.guides.Dropout(0.2),
+]
+GRID = [(guide, adapter) for guide in FAMILIES for adapter in (XS, BOTH)]
+GRID += [(lb.guides.Diagonal(point_sites=("B",)), BOTH)]
 
 
 def fit(guide, prior=None, adapter=None, **options):
@@ -254,3 +269,54 @@ def test_a_guide_fitted_by_hand_becomes_a_posterior():
     posterior = lb.Posterior(model, guide, spec)
     assert lb.predict(posterior, token_batches(), draws=2).logits.isfinite().all()
     assert not torch.equal(posterior.head()["classifier.weight"], model.head_start["classifier.weight"])
+
+
+# --- every other family
+
+
+def fit_grid(guide, adapter, draws="auto"):
+    model = lb.BayesianLoRA(tiny_bert(), adapter, lb.priors.Normal(0.3), tokenizer=tiny_tokenizer())
+    return lb.fit(model, token_batches(16), guide=guide, draws=draws, epochs=1, progress=False)
+
+
+@pytest.mark.parametrize("draws", ["row", "shared"])
+@pytest.mark.parametrize(("guide", "adapter"), GRID, ids=label)
+def test_every_family_fits_predicts_saves_and_loads(guide, adapter, draws, tmp_path):
+    posterior = fit_grid(guide, adapter, draws)
+    assert posterior.settings["draws"] == draws
+    assert len(pyro.get_param_store()) == 0
+    mean, start = posterior.mean(), posterior.model.start()
+    assert not any(torch.equal(mean[name], start[name]) for name in posterior.model.sites.shapes)
+    posterior.save(tmp_path)
+    loaded = lb.Posterior.load(tmp_path, tiny_bert(), tokenizer=tiny_tokenizer())
+    assert loaded.guide_spec == guide
+    for options in ({"draws": 2, "seed": 4}, {"at": "mean"}):
+        expected, found = (lb.predict(p, tiny_reviews(8), **options).logits for p in (posterior, loaded))
+        assert torch.equal(expected, found)
+    assert len(lb.predict(posterior, tiny_reviews(8), draws=6).logits.unique(dim=0)) > 1
+
+
+@pytest.mark.parametrize("guide", [guide for guide, adapter in GRID if adapter == XS], ids=label)
+def test_every_familys_moments_and_density_agree_with_draws(guide):
+    posterior = fit_grid(guide, XS)
+    flat = posterior.guide.distribution().sample((3000,))
+    draws = posterior.model.sites.split(flat)
+    mean, sd = posterior.model.sites.join(posterior.mean()), flat.std(0)
+    behind = 256 if isinstance(guide, lb.guides.Flow) else math.inf  # draws that its mean was taken of
+    assert ((flat.mean(0) - mean).abs() < 5 * sd * (1 / 3000 + 1 / behind) ** 0.5).all()
+    if isinstance(guide, lb.guides.Dropout) or guide == lb.guides.Mixture(2, "delta"):
+        with pytest.raises(TypeError, match="guide with a density"):
+            posterior.log_prob(draws)
+    else:
+        entropy = 0.5 * torch.logdet(flat.double().T.cov()) + 0.5 * flat.shape[1] * math.log(2 * math.pi * math.e)
+        # A normal has the greatest entropy among distributions of its covariance; a mixture's is smaller.
+        slack = 4.0 if isinstance(guide, lb.guides.Mixture) else 0.5
+        assert -slack < -float(posterior.log_prob(draws).mean()) - float(entropy) < 0.5
+    if isinstance(guide, lb.guides.Dropout | lb.guides.Flow | lb.guides.Mixture):
+        with pytest.raises(TypeError, match="sample covariance"):
+            posterior.covariance()
+    else:
+        covariance = posterior.covariance()
+        matrix, spread = covariance.dense(), covariance.variance.sqrt()
+        torch.testing.assert_close(covariance.variance, matrix.diagonal())
+        assert ((flat.T.cov() - matrix).abs() / (spread[:, None] * spread)).max() < 6 * (2 / 3000) ** 0.5
