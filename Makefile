@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c const
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: test demo bench lint clean
+.PHONY: test demo truth bench lint clean
 
 test: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
@@ -16,6 +16,11 @@ demo: $(VENV)/.demo
 
 bench: $(VENV)/.test
 	$(BIN)/python tests/benchmarks/step_and_prediction.py
+	$(BIN)/python tests/benchmarks/guide_scale.py
+	$(BIN)/python tests/benchmarks/warm_start.py
+
+truth: $(VENV)/.test
+	OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/truth.py
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

@@ -54,15 +54,16 @@ def main() -> None:
         for name, (model, guide, rates) in fits.items()
     }
 
-    table = lb.compare(posteriors, test, validation=validation, draws=args.draws)
+    table = lb.compare(posteriors, test, train=train, validation=validation, draws=args.draws, evidence_draws=25)
     predictions = {
         name: lb.predict(posterior, test, draws=1 if posterior.is_point else args.draws)
         for name, posterior in posteriors.items()
     }
     truth = np.array(test["p_true"])
     distance = {name: np.abs(p.probs[:, 1].numpy() - truth).mean() for name, p in predictions.items()}
-    table.insert(4, "|p - p_true|", pd.Series(distance))
-    show(table)
+    table.insert(table.columns.get_loc("NLL"), "|p - p_true|", pd.Series(distance))
+    print(f"\n{table}\n")
+    conclude(table)
 
     args.out.mkdir(parents=True, exist_ok=True)
     best = posteriors["LowRankPrecision"]
@@ -75,19 +76,9 @@ def main() -> None:
     )
 
 
-def show(table: pd.DataFrame) -> None:
-    """Print the table in three blocks narrow enough for a terminal."""
+def conclude(table: pd.DataFrame) -> None:
+    """Say whether the posterior beat the point of the same adapter."""
     point, posterior = table.loc["LoRA-XS"], table.loc["LowRankPrecision"]
-    costs = ["parameters", "head", "of LoRA r=8", "s/step"]
-    scaled = [name for name in table if name.endswith("at T") or name == "temperature"]
-    print("\nOn test rows:")
-    print(table.drop(columns=costs + scaled).to_string(float_format="{:.3f}".format, na_rep=""))
-    print("\nAfter temperature scaling on validation rows:")
-    print(table[scaled].to_string(float_format="{:.3f}".format))
-    print("\nCosts (parameters of the posterior; the head comes on top):")
-    print(
-        table.loc[[name for name in table.index if "mean" not in name], costs].to_string(float_format="{:.3f}".format)
-    )
     for name in ("NLL", "ECE (15 bins)", "Brier"):
         word = "lower" if posterior[name] < point[name] else "NOT lower"
         print(

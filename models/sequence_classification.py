@@ -54,7 +54,8 @@ def main() -> None:
     parser.add_argument("--base", default="builtin", help="hub id or folder; 'builtin' is MiniLM")
     parser.add_argument("--mean-pool", action="store_true", help="mean pooling, for sentence encoders")
     parser.add_argument("--data", required=True, help="folder of parquet files, or hub name (name:config)")
-    parser.add_argument("--prior", default="Normal", choices=lb.priors.__all__)
+    by_scale = [name for name in lb.priors.__all__ if name not in ("Learned", "SingularValues")]
+    parser.add_argument("--prior", default="Normal", choices=by_scale)
     parser.add_argument("--prior-scale", type=float, default=0.1)
     parser.add_argument(
         "--guide", default="LowRankPrecision", choices=["Delta", "Diagonal", "LowRank", "LowRankPrecision"]

@@ -99,14 +99,20 @@ def token_batches(rows: int = 40, batch_size: int = 8, classes: int = 3, seed: i
 
 
 class LinearNetwork(nn.Module):
-    """y = W x: linear in R, so that the posterior under Gaussian noise is known exactly."""
+    """y = W x + W' |x| + ...: linear in R, so that the posterior under Gaussian noise is known exactly."""
 
-    def __init__(self, outputs: int = 6, inputs: int = 7):
+    def __init__(self, outputs: int = 6, inputs: int = 7, modules: int = 1):
         super().__init__()
         self.layer = nn.Linear(inputs, outputs, bias=False)
+        for number in range(1, modules):
+            self.add_module(f"layer_{number}", nn.Linear(inputs, outputs, bias=False))
+
+    def inputs(self, x):
+        """What each layer sees: correlated, so that the modules' posteriors are too."""
+        return [x, *(x + 0.5 * x.roll(number, -1).abs() for number in range(1, len(self._modules)))]
 
     def forward(self, x):
-        return self.layer(x)
+        return sum(layer(seen) for layer, seen in zip(self._modules.values(), self.inputs(x), strict=True))
 
 
 class GaussianNoise:
@@ -120,30 +126,35 @@ class GaussianNoise:
 
 
 class LinearGaussian:
-    """A linear-Gaussian problem and its exact posterior over the D = r^2 latents, in float64."""
+    """A linear-Gaussian problem and its exact posterior over the D = modules r^2 latents, in float64."""
 
-    def __init__(self, rank: int = 4, rows: int = 24, prior_scale: float = 0.7, seed: int = 0):
+    def __init__(self, rank: int = 4, rows: int = 24, prior_scale: float = 0.7, seed: int = 0, modules: int = 1):
         torch.manual_seed(seed)
-        network = LinearNetwork().requires_grad_(False)
+        network = LinearNetwork(modules=modules).requires_grad_(False)
         # Strongly correlated inputs make a correlated posterior.
         mixing = torch.randn(7, 7) * torch.logspace(0.2, -0.6, 7)
         x = torch.randn(rows, 7) @ mixing
         noise = torch.logspace(-0.6, 0.4, 6)  # a different one for each output, or eigenvalues would come in fours
         self.model = lb.BayesianLoRA(
             network,
-            lb.LoRAXS(rank, lb.projections.Random(), targets=["layer"]),
+            lb.LoRAXS(rank, lb.projections.Random(), targets="all-linear"),
             lb.priors.Normal(prior_scale),
             GaussianNoise(noise),
             size=rows,
         )
-        (basis,) = self.model.adapted.bases.values()
-        jacobian = torch.einsum("mr,sn,bn->bmrs", basis.B, basis.A, x).reshape(rows * 6, rank**2).double()
-        truth = prior_scale * torch.randn(rank**2).double()
+        jacobian = torch.cat(
+            [
+                torch.einsum("mr,sn,bn->bmrs", basis.B, basis.A, seen).reshape(rows * 6, rank**2)
+                for basis, seen in zip(self.model.adapted.bases.values(), network.inputs(x), strict=True)
+            ],
+            dim=1,
+        ).double()
+        truth = prior_scale * torch.randn(modules * rank**2).double()
         clean = network(x).detach().reshape(-1).double() + jacobian @ truth
         sd = noise.repeat(rows).double()
         y = (clean + sd * torch.randn(rows * 6)).float()
         self.batch = {"x": x, "labels": y.reshape(rows, 6)}
-        self.size, self.rows = rank**2, rows
+        self.size, self.rows = modules * rank**2, rows
         residual = y.double() - network(x).detach().reshape(-1).double()
         weighted = jacobian / sd[:, None] ** 2
         self.fisher = jacobian.T @ weighted

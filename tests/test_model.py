@@ -18,6 +18,11 @@ PRIORS = [
     lb.priors.StudentT(0.1, df=2.0),
     lb.priors.Horseshoe(0.1),
     lb.priors.LayerScale(0.1),
+    lb.priors.RegularisedHorseshoe(0.1),
+    lb.priors.SpikeSlab(0.1),
+    lb.priors.MatrixNormal(0.1, row_correlation=0.3, column_correlation=0.2),
+    lb.priors.Learned(lb.priors.Normal(0.1)),
+    lb.priors.Learned(lb.priors.LayerScale(0.1), per_module=True),
 ]
 
 
@@ -194,7 +199,7 @@ def test_data_driven_projection_needs_prepare():
 
 
 @pytest.mark.parametrize("scale", [0, -1.0, float("nan")])
-@pytest.mark.parametrize("prior", [type(p) for p in PRIORS])
+@pytest.mark.parametrize("prior", [type(p) for p in PRIORS if not isinstance(p, lb.priors.Learned)])
 def test_prior_scale_must_be_positive(prior, scale):
     with pytest.raises(ValueError, match="expected scale > 0"):
         prior(scale=scale)

@@ -1,10 +1,12 @@
 """Real transformers on real text: the built-in base, and shared data and weights where the machine has them."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
 
 import datasets
+import pandas as pd
 import pytest
 import torch
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
@@ -129,3 +131,34 @@ def test_the_scripts_run(builtin, shared, tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     assert "ECE (15 bins)" in done.stdout
     assert (tmp_path / "saved" / "posterior.safetensors").exists()
+
+
+def test_the_grid_goes_on_past_a_failure_and_resumes(builtin, tmp_path):
+    """models/compare_families.py: a reason for what fails, three files of one table, and no fit made twice."""
+    out = tmp_path / "grid"
+    rows = ["--rows", "32", "--validation-rows", "32", "--test-rows", "32", "--draws", "2", "--evidence-draws", "2"]
+    small = [*rows, "--epochs", "1", "--layers", "5", "--rank", "2", "--prior", "StudentT", "--out", str(out)]
+
+    def run(*options):
+        script = str(ROOT / "models" / "compare_families.py")
+        done = subprocess.run([sys.executable, script, *small, *options], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-2000:]
+        return done.stdout
+
+    files = ["Delta", "LowRank", "start-lora-xs"]
+    written = lambda: {name: (out / name / "posterior.safetensors").stat().st_mtime_ns for name in files}
+    printed = run("--families", "Delta", "LowRank", "laplace-diagonal", "mc-dropout")
+    assert "laplace-diagonal: failed, ValueError: expected a Normal prior" in printed
+    assert list(json.loads((out / "failed.json").read_text())) == ["laplace-diagonal"]
+    table = pd.read_csv(out / "table.csv", index_col=0)
+    assert {"Delta", "LowRank", "LowRank, mean", "mc-dropout"} <= set(table.index)
+    assert table["NLL"].between(0.1, 2).all()
+    assert (out / "table.html").read_text().count("<th>") == len(table) + len(table.columns) + 1
+    assert (out / "table.md").read_text().count("\n| ") == len(table)
+    first = written()
+    run("--families", "Delta", "LowRank", "--columns", "3")
+    second = written()
+    assert [name for name in files if first[name] != second[name]] == ["LowRank"]
+    again = pd.read_csv(out / "table.csv", index_col=0)
+    assert again.loc["Delta", "NLL"] == table.loc["Delta", "NLL"]
+    assert again.loc["LowRank", "parameters"] == 5 / 10 * table.loc["LowRank", "parameters"]

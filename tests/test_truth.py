@@ -1,0 +1,149 @@
+"""Every family and method against targets whose posterior is known: one row of `truth.CASES` per family."""
+
+import warnings
+
+import pytest
+import torch
+from conftest import label
+from truth import (
+    ANTITHETIC,
+    CASES,
+    against_reference,
+    best_diagonal,
+    best_low_rank,
+    correlation_distance,
+    fit,
+    fitted_kl,
+    shared_target,
+    two_layer_problem,
+)
+
+import pyro_lrblora as lb
+from pyro_lrblora.infer.elbo import PartedELBO
+from pyro_lrblora.posterior import local_parameters
+
+
+@pytest.fixture(scope="module")
+def problem():
+    return shared_target()
+
+
+@pytest.mark.parametrize("case", CASES, ids=label)
+def test_a_family_reaches_the_best_it_can_do(problem, case):
+    posterior = fit(problem, case.guide, **case.options)
+    reached = fitted_kl(problem, posterior)
+    if case.best is None:
+        assert reached < 0.95 * best_diagonal(problem)
+        return
+    best = case.best(problem, posterior)
+    assert best - 1e-3 < reached < best + max(0.02 * best, case.tolerance)
+
+
+@pytest.mark.parametrize("guide", [lb.guides.LowRank(3), lb.guides.LowRankPrecision(3)], ids=label)
+def test_a_cold_start_arrives_too(problem, guide):
+    form = "precision" if "Precision" in repr(guide) else "covariance"
+    reached = fitted_kl(problem, fit(problem, guide, warm_start=False, **ANTITHETIC))
+    best = best_low_rank(problem, form, 3)
+    assert reached < best + max(0.03 * best, 0.02)
+
+
+def test_where_a_diagonal_must_fail_a_low_rank_does_not(problem):
+    """A diagonal fails by the sum of logs that its conditional variances leave out; enough columns are exact."""
+    posterior = torch.linalg.inv(problem.precision)
+    known = 0.5 * (torch.logdet(posterior) + problem.precision.diagonal().log().sum())
+    assert known > 2
+    assert abs(best_diagonal(problem) - float(known)) < 1e-6
+    assert fitted_kl(problem, fit(problem, lb.guides.Diagonal(), **ANTITHETIC)) > float(known) - 1e-3
+    for guide in (lb.guides.LowRank(17), lb.guides.LowRankPrecision(17)):
+        assert fitted_kl(problem, fit(problem, guide, **ANTITHETIC)) < 0.05 * float(known)
+
+
+@pytest.mark.parametrize("kl", ["closed", "mc"])
+@pytest.mark.parametrize("draws", ["row", "shared"])
+def test_diagonal_reaches_the_best_diagonal_however_it_is_estimated(problem, kl, draws):
+    reached, best = fitted_kl(problem, fit(problem, lb.guides.Diagonal(), kl=kl, draws=draws)), best_diagonal(problem)
+    assert best - 1e-3 < reached < best + max(0.05 * best, 0.02)
+
+
+def test_delta_reaches_the_mode(problem):
+    posterior = fit(problem, lb.guides.Delta(), epochs=4000)
+    distance = problem.model.sites.join(posterior.mean()).double() - problem.mean
+    sd = torch.linalg.inv(problem.precision).diagonal().sqrt()
+    assert (distance.abs() / sd).max() < 0.05
+
+
+@pytest.mark.parametrize("structure", ["low_rank", "full"])
+def test_laplace_is_exact_where_the_posterior_is_normal(problem, structure):
+    posterior = laplace(problem, structure)
+    assert fitted_kl(problem, posterior) < 1e-3
+    assert abs(posterior.settings["log_evidence"] - problem.log_evidence) < 1e-3
+
+
+def test_diagonal_laplace_is_the_best_diagonal(problem):
+    posterior = laplace(problem, "diagonal")
+    assert abs(fitted_kl(problem, posterior) - best_diagonal(problem)) < 1e-3
+
+
+def laplace(problem, structure):
+    # With two modules the normal equations are badly conditioned: the point needs many steps to be the mode.
+    point = fit(problem, lb.guides.Delta(), epochs=4000)
+    return lb.infer.laplace(problem.model, [problem.batch], structure=structure, rank=18, init=point)
+
+
+def test_elbo_is_the_evidence_minus_the_kl(problem):
+    """ELBO = log evidence - KL(q || posterior), both known exactly; the closed form of the KL included."""
+    posterior = fit(problem, lb.guides.LowRankPrecision(3), epochs=20)
+    expected = problem.log_evidence - fitted_kl(problem, posterior)
+
+    @local_parameters
+    def estimate(closed):
+        elbo = PartedELBO(closed, problem.model.sites.shapes)
+        return torch.tensor([-elbo.loss(posterior.model, posterior.guide, problem.batch) for _ in range(3000)])
+
+    @local_parameters
+    def closed_estimate():
+        elbo = PartedELBO(True, problem.model.sites.shapes)
+        values = []
+        with torch.no_grad():
+            for _ in range(3000):
+                elbo.differentiable_loss(posterior.model, posterior.guide, problem.batch)
+                values.append(elbo.bound.elbo)
+        return torch.tensor(values)
+
+    for values in (estimate(False), closed_estimate()):
+        assert abs(values.mean() - expected) < 4 * values.std() / len(values) ** 0.5
+
+
+@pytest.fixture(scope="module")
+def reference():
+    """Priors by name, each with its NUTS posterior on the two-layer network (D = 8)."""
+    found = {}
+
+    def of(prior):
+        if repr(prior) not in found:
+            model, train, test = two_layer_problem(prior)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                nuts = lb.infer.nuts(model, train, draws=500, warmup=300, chains=2, progress=False)
+            found[repr(prior)] = model, train, test, nuts
+        return found[repr(prior)]
+
+    return of
+
+
+@pytest.mark.parametrize("prior", [lb.priors.Normal(1.0), lb.priors.StudentT(0.7)], ids=label)
+def test_families_against_nuts_on_a_network_that_is_not_linear(reference, prior):
+    model, train, test, nuts = reference(prior)
+    assert nuts.settings["r_hat"] < 1.05
+    distance = {}
+    for guide in (lb.guides.Diagonal(), lb.guides.LowRankPrecision(4), lb.guides.FullRank()):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", lb.ScalesNotConverged)
+            rates = lb.Rates(loc=0.02, scale=0.02, factor=0.02)
+            posterior = lb.fit(model, train, guide=guide, epochs=1500, rates=rates, progress=False)
+        found = against_reference(posterior, nuts, test)
+        distance[type(guide).__name__] = correlation_distance(posterior, nuts)
+        assert found["mean, in sd"] < 0.4, (guide, found)
+        assert 0.6 < found["sd ratio"] < 1.1, (guide, found)
+        assert found["predictive total variation"] < 0.03, (guide, found)
+    assert distance["FullRank"] < 0.75 * distance["Diagonal"]

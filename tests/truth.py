@@ -1,0 +1,224 @@
+"""Targets with known posteriors, the best each family can do on them, and what the fits reach.
+
+Used by tests/test_truth.py, which asserts, and by tests/benchmarks/truth.py, which prints the whole table.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+
+import torch
+from conftest import LinearGaussian
+from torch import Tensor, nn
+
+import pyro_lrblora as lb
+from pyro_lrblora.posterior import local_parameters
+
+G = lb.guides
+RANK = 3
+
+
+# --- the best of a family, in float64
+
+
+def best_diagonal(problem) -> float:
+    """KL of the best diagonal normal: precisions are the posterior precision's diagonal (Bishop 2006, 10.2)."""
+    return problem.reverse_kl(problem.mean, torch.diag(1 / problem.precision.diagonal()))
+
+
+def best_blocks(problem) -> float:
+    """KL of the best normal that is independent between modules: blocks of the precision, inverted."""
+    blocks = [torch.linalg.inv(problem.precision[w, w]) for w in problem.model.sites.modules()]
+    return problem.reverse_kl(problem.mean, torch.block_diag(*blocks))
+
+
+def best_low_rank(problem, form: str, rank: int, per_module: bool = False) -> float:
+    """Least KL of a diagonal-plus-rank-K covariance or precision."""
+    places = list(problem.model.sites.modules()) if per_module else [slice(0, problem.size)]
+
+    def covariance(log_diagonal, factor):
+        blocks = []
+        for where in places:
+            matrix = torch.diag(log_diagonal[where].clamp(-20, 20).exp()) + factor[where] @ factor[where].T
+            blocks.append(matrix if form == "covariance" else torch.linalg.inv(matrix))
+        return torch.block_diag(*blocks)
+
+    return _least_kl(problem, covariance, [(problem.size,), (problem.size, rank)])
+
+
+def best_kronecker(problem) -> float:
+    """Least KL of a Kronecker product per module."""
+    shape = next(iter(problem.model.sites.shapes.values()))
+
+    def covariance(rows, columns):
+        return torch.block_diag(*(torch.kron(a @ a.T, b @ b.T) for a, b in zip(rows, columns, strict=True)))
+
+    return _least_kl(problem, covariance, [(shape[0], shape[1], shape[1]), (shape[0], shape[2], shape[2])])
+
+
+def best_rotated(problem, posterior) -> float:
+    """Least KL in a fitted RotatedDiagonal's own basis: the precision's diagonal there."""
+    sites = problem.model.sites
+    (name,) = sites.shapes
+    rotations = [
+        torch.kron(u, v).double()
+        for u, v in zip(
+            getattr(posterior.guide, f"left_{name}"), getattr(posterior.guide, f"right_{name}"), strict=True
+        )
+    ]
+    rotation = torch.block_diag(*rotations)
+    diagonal = (rotation.T @ problem.precision @ rotation).diagonal()
+    return problem.reverse_kl(problem.mean, rotation @ torch.diag(1 / diagonal) @ rotation.T)
+
+
+def _least_kl(problem, covariance, shapes, starts: int = 6) -> float:
+    best, log_det = float("inf"), torch.logdet(problem.precision)
+    for seed in range(starts):
+        g = torch.Generator().manual_seed(seed)
+        parameters = [torch.randn(shape, generator=g).double().requires_grad_() for shape in shapes]
+        optimiser = torch.optim.LBFGS(parameters, max_iter=800, line_search_fn="strong_wolfe")
+
+        def kl(parameters=parameters):
+            matrix = covariance(*parameters)
+            return 0.5 * ((problem.precision * matrix).sum() - problem.size - log_det - torch.logdet(matrix))
+
+        def closure(kl=kl, optimiser=optimiser):
+            optimiser.zero_grad()
+            value = kl()
+            value.backward()
+            return value
+
+        optimiser.step(closure)
+        best = min(best, float(kl().detach().nan_to_num(float("inf"))))
+    return best
+
+
+# --- what a fit reaches
+
+
+def fit(problem, guide, **options):
+    """SVI on the full data until it has converged."""
+    settings = {
+        "epochs": 2000,
+        "rates": lb.Rates(loc=0.02, scale=0.05, factor=0.1),
+        "progress": False,
+        "clip": None,
+    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", lb.ScalesNotConverged)
+        return lb.fit(problem.model, [problem.batch], guide=guide, **(settings | options))
+
+
+def fitted_kl(problem, posterior, draws: int = 20_000) -> float:
+    """KL(q || exact posterior) in nats; by Monte Carlo where q has no covariance in closed form."""
+    try:
+        covariance = posterior.covariance().dense()
+    except TypeError:
+        return _sampled_kl(problem, posterior, draws)
+    return problem.reverse_kl(problem.model.sites.join(posterior.mean()), covariance)
+
+
+@local_parameters
+@torch.no_grad()
+def _sampled_kl(problem, posterior, draws: int) -> float:
+    torch.manual_seed(0)
+    q = posterior.guide.distribution()
+    exact = torch.distributions.MultivariateNormal(problem.mean, precision_matrix=problem.precision)
+    x = q.rsample((draws,))
+    return float((q.log_prob(x).double() - exact.log_prob(x.double())).mean())
+
+
+ANTITHETIC = {"particles": 4, "antithetic": True}
+# Shared draws and the path derivative: the gradient's noise vanishes at the posterior itself.
+PATH = {"draws": "shared", "path_derivative": True, "rates": lb.Rates(loc=0.02, scale=0.02, factor=0.02)}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One family on the shared target.
+
+    Args:
+        guide: its spec.
+        best: (problem, posterior) -> the least KL its family can reach, in nats; None where that is not known.
+        options: of the fit.
+        tolerance: nats allowed above the best, where 2% of it is less.
+    """
+
+    guide: object
+    best: object
+    options: dict
+    tolerance: float = 0.02
+
+    def __repr__(self) -> str:
+        return repr(self.guide)
+
+
+CASES = [
+    Case(G.Diagonal(), lambda p, _: best_diagonal(p), ANTITHETIC),
+    Case(G.LowRank(RANK), lambda p, _: best_low_rank(p, "covariance", RANK), ANTITHETIC),
+    Case(G.LowRankPrecision(RANK), lambda p, _: best_low_rank(p, "precision", RANK), ANTITHETIC),
+    # Its warm start leads to a stationary point that is not the best one.
+    Case(G.BlockLowRank(2), lambda p, _: best_low_rank(p, "precision", 2, True), ANTITHETIC, 0.5),
+    Case(G.BlockLowRank(2, form="covariance"), lambda p, _: best_low_rank(p, "covariance", 2, True), ANTITHETIC),
+    Case(G.MatrixNormal(), lambda p, _: best_kronecker(p), ANTITHETIC),
+    Case(G.RotatedDiagonal(), best_rotated, ANTITHETIC),
+    Case(G.FullRank(per_module=True), lambda p, _: best_blocks(p), ANTITHETIC, 0.1),
+    Case(G.FullRank(), lambda p, _: 0.0, PATH, 0.01),
+    Case(G.Flow(2, 16), None, {"particles": 4, "rates": lb.Rates(loc=0.02, scale=0.02, factor=5e-3)}),
+    Case(G.Mixture(3), None, {"particles": 4}),
+]
+
+
+def shared_target() -> LinearGaussian:
+    """Two modules of rank 3: D = 18, correlated within and between them."""
+    return LinearGaussian(rank=3, modules=2)
+
+
+# --- a network that is not linear
+
+
+class TwoLayers(nn.Module):
+    """A classifier with one hidden layer of tanh units: its posterior is not normal."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(3)
+        self.first, self.second = nn.Linear(5, 8), nn.Linear(8, 2)
+
+    def forward(self, x):
+        return self.second(torch.tanh(self.first(x)))
+
+
+def two_layer_problem(prior, rank: int = 2) -> tuple[lb.BayesianLoRA, list[dict], list[dict]]:
+    """Model (D = 2 rank^2), training batch and 200 further inputs."""
+    network = TwoLayers().requires_grad_(False)
+    torch.manual_seed(4)
+    x = torch.randn(260, 5)
+    labels = (x[:, 0] * x[:, 1] + x[:, 2] > 0).long()
+    model = lb.BayesianLoRA(network, lb.LoRAXS(rank, targets="all-linear"), prior, size=60)
+    return model, [{"x": x[:60], "labels": labels[:60]}], [{"x": x[60:]}]
+
+
+def against_reference(posterior, reference, test, draws: int = 1000) -> dict[str, float]:
+    """Mean and sd of the latents and predictive probabilities beside those of a reference posterior."""
+    flat = lambda p: p.model.sites.join(p.sample(draws, seed=0)).double()
+    ours, theirs = flat(posterior), flat(reference)
+    sd = theirs.std(0)
+    predictions = [lb.predict(p, test, draws=draws // 2, seed=1).probs for p in (posterior, reference)]
+    return {
+        "mean, in sd": float(((ours.mean(0) - theirs.mean(0)) / sd).abs().mean()),
+        "sd ratio": float((ours.std(0) / sd).log().mean().exp()),
+        "predictive total variation": float((predictions[0] - predictions[1]).abs().sum(-1).mean() / 2),
+    }
+
+
+def correlation_distance(posterior, reference, draws: int = 1000) -> float:
+    """Mean absolute difference of the latents' correlations."""
+    correlation = lambda p: torch.corrcoef(p.model.sites.join(p.sample(draws, seed=0)).double().T)
+    return float((correlation(posterior) - correlation(reference)).abs().mean())
+
+
+def joined(values: dict[str, Tensor], model) -> Tensor:
+    """The flat latents of draws."""
+    return model.sites.join(values)
