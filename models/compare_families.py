@@ -67,7 +67,7 @@ def main() -> None:
     parser.add_argument("--test-rows", type=int, default=1000)
     parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--draws", type=int, default=10, help="of every prediction; a chain stores ten times more")
-    parser.add_argument("--evidence-draws", type=int, default=50, help="of ELBO and LOO, on the training rows")
+    parser.add_argument("--evidence-draws", type=int, default=50, help="of ELBO and LOO, on the training rows; 0 for none")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)
@@ -104,7 +104,8 @@ def main() -> None:
         raise SystemExit("expected at least one family to be fitted, all failed")
 
     draws = {"draws": args.draws, "evidence_draws": args.evidence_draws}
-    table = lb.compare(posteriors, test, train=train, validation=validation, seed=args.seed, **draws)
+    fitted = train if args.evidence_draws else None
+    table = lb.compare(posteriors, test, train=fitted, validation=validation, seed=args.seed, **draws)
     print(table)
     for name, reason in failed.items():
         print(f"not in the table: {name}, {reason}")

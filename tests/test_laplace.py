@@ -223,3 +223,10 @@ def test_bad_arguments(point):
     model = lb.BayesianLoRA(tiny_bert(), lb.LoRA(2, "all-linear"))
     with pytest.raises(ValueError, match="every latent site to cover all modules"):
         lb.infer.laplace(model, token_batches(16), prior_precision="per_module", steps=1, progress=False)
+
+
+def test_a_point_under_another_prior_is_refused():
+    model = lb.BayesianLoRA(tiny_bert(), lb.LoRAXS(2)).prepare(token_batches())
+    point = lb.fit(model, token_batches(), guide=lb.guides.Delta(), epochs=1, progress=False)
+    with pytest.raises(ValueError, match=r"the model's prior Normal\(scale=0.3\), got Normal\(scale=0.1\)"):
+        lb.infer.laplace(model.with_prior(lb.priors.Normal(0.3)), token_batches(), init=point)

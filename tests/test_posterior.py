@@ -135,6 +135,9 @@ def test_prediction_keeps_the_datas_order_and_averages_probabilities():
     for row in (0, 11, 22):
         alone = lb.predict(posterior, data.select([row]), draws=6)
         torch.testing.assert_close(prediction.logits[:, row], alone.logits[:, 0], atol=1e-5, rtol=1e-4)
+    shuffled = lb.Batches(data, posterior.model.tokenizer, batch_size=5, shuffle=3)
+    again = lb.predict(posterior, shuffled, draws=6)
+    torch.testing.assert_close(again.logits, prediction.logits, atol=1e-5, rtol=1e-4)
     unlabelled = lb.predict(posterior, data.remove_columns("label"), draws=2)
     assert unlabelled.labels is None
     assert lb.predict(posterior, data, draws=6, batch_size=5).logits.equal(prediction.logits)

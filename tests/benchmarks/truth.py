@@ -149,8 +149,9 @@ def main() -> None:
         text = cells.to_markdown(disable_numparse=True)
         print(f"\n## {title}\n\n{text}", flush=True)
         parts += [f"## {title}", text]
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text("\n\n".join(parts) + "\n")
+        # After every table: a run that is cut short leaves what it has.
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text("\n\n".join(parts) + "\n")
 
 
 if __name__ == "__main__":
