@@ -67,7 +67,7 @@ def main() -> None:
     parser.add_argument("--test-rows", type=int, default=1000)
     parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--draws", type=int, default=10, help="of every prediction; a chain stores ten times more")
-    parser.add_argument("--evidence-draws", type=int, default=50, help="of ELBO and LOO, on the training rows; 0 for none")
+    parser.add_argument("--evidence-draws", type=int, default=50, help="of ELBO and LOO; 0 for none")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)
