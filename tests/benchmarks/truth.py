@@ -137,7 +137,7 @@ def main() -> None:
         "# Families and methods against the truth",
         f"`make truth`; one CPU thread, torch {torch.__version__}, seed 0. Regenerated whole by that command.",
     ]
-    priors = (lb.priors.Normal(1.0), lb.priors.StudentT(0.7), lb.priors.Laplace(0.7), lb.priors.LayerScale(1.0))
+    priors = (lb.priors.Normal(1.0), lb.priors.Laplace(0.4))
     tables = [("Linear-Gaussian target, D = 18, two modules, the posterior known in closed form", gaussian_rows)]
     tables.append(("Sampling methods on the same target", sampler_rows))
     tables += [
