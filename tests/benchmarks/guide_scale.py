@@ -90,7 +90,10 @@ def main() -> None:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     torch.manual_seed(0)
     for table in (growth(), families()):
-        print(table.to_markdown(floatfmt=",.3g", missingval=""), end="\n\n", flush=True)
+        cells = table.map(
+            lambda value: "" if pd.isna(value) else f"{value:,.3g}" if isinstance(value, float) else value
+        )
+        print(cells.to_markdown(disable_numparse=True), end="\n\n", flush=True)
 
 
 if __name__ == "__main__":
