@@ -12,6 +12,7 @@ from .data import as_batches
 from .guides.draws import DrawsGuide
 from .posterior import Posterior
 from .predictive import predict
+from .prior_predictive import prior_draws
 
 _AXES = ("module", "row", "col")
 
@@ -37,12 +38,9 @@ def to_arviz(posterior: Posterior, data=None, draws: int | None = None, seed: in
     draws = 100 if draws is None else draws
     by_chain = lambda values: _by_chain(values, chains)
     samples = posterior.sample(draws, seed=seed)
-    with torch.random.fork_rng(), torch.no_grad():
-        torch.manual_seed(seed)
-        prior = [posterior.model.sample_prior() for _ in range(draws)]
     groups = {
         "posterior": by_chain(samples),
-        "prior": _by_chain({name: torch.stack([draw[name] for draw in prior]) for name in prior[0]}, 1),
+        "prior": _by_chain(prior_draws(posterior.model, draws, seed), 1),
     }
     with suppress(TypeError):  # the guide has no density
         groups["sample_stats"] = by_chain({"log_q": posterior.log_prob(samples)})

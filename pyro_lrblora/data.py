@@ -148,6 +148,12 @@ def batch_rows(batch: Batch) -> int:
     return next(len(value) for value in batch.values() if isinstance(value, Tensor) and value.dim())
 
 
+def endless(batches: Iterable[Batch]) -> Iterator[tuple[int, Batch]]:
+    """Batches with their positions, pass after pass without an end."""
+    while True:
+        yield from enumerate(batches)
+
+
 @contextmanager
 def naming_the_batch(position: int, epoch: int | None = None):
     """Say in which batch a FloatingPointError (NaN, infinity) happened."""

@@ -7,11 +7,12 @@ import math
 import torch
 from torch import Tensor
 
-from ..data import as_batches
+from ..data import as_batches, batch_rows
 from ..guides import Delta
 from ..model import BayesianLoRA
 from ..posterior import Posterior, local_parameters
 from ..priors import Normal
+from .chains import log_joint
 from .elbo import is_normal
 from .gauss_newton import DiagonalMatrix, FullMatrix, KroneckerMatrix, LowRankMatrix, log_evidence
 from .start import prior_sites
@@ -95,15 +96,14 @@ def laplace(
         if prior_precision != "fixed":
             scales = _best_scales(model, curvature, at, prior_precision == "per_module")
             model = model._copy(prior=Normal(scales))
-        log_prior, precision = _prior_at(model, at)
+        precision = _prior_precision(model)
         guide, spec = curvature.posterior(model, at, precision)
-    joint = _log_likelihood(model, batches, at) + log_prior
     settings = {
         "method": "laplace",
         "structure": structure,
         "prior_precision": prior_precision,
         "seed": seed,
-        "log_evidence": log_evidence(joint, curvature.log_det(precision), len(at)),
+        "log_evidence": log_evidence(_log_joint(model, batches, at), curvature.log_det(precision), len(at)),
     }
     return Posterior(model, guide, spec, list(init.history), settings | {"point fit": init.settings})
 
@@ -121,23 +121,22 @@ def _check_program(model: BayesianLoRA) -> None:
         )
 
 
-def _prior_at(model: BayesianLoRA, at: Tensor) -> tuple[float, Tensor]:
-    """The log prior density at a point, in nats, and the prior precision (D,)."""
-    fns = list(prior_sites(model)[0].values())
-    log_prior = sum(fn.log_prob(value).sum() for fn, value in zip(fns, model.sites.split(at).values(), strict=True))
-    return float(log_prior), torch.cat([fn.variance.expand(fn.event_shape).flatten() for fn in fns]).reciprocal()
+def _prior_precision(model: BayesianLoRA) -> Tensor:
+    """(D,)."""
+    fns = prior_sites(model)[0].values()
+    return torch.cat([fn.variance.expand(fn.event_shape).flatten() for fn in fns]).reciprocal()
 
 
 @torch.no_grad()
-def _log_likelihood(model: BayesianLoRA, batches, at: Tensor) -> float:
-    """Log likelihood of all rows at a point, in nats."""
-    head, total = model.head_values(), 0.0
+def _log_joint(model: BayesianLoRA, batches, at: Tensor) -> float:
+    """Log prior plus log likelihood of all rows at a point, in nats."""
     with model.attached(dropout=False):
-        for batch in batches:
-            batch = model.to_device(batch)
-            labels = model.label_distribution(model.outputs(batch, model.sites.split(at), head), batch)
-            total += float(labels.log_prob(batch["labels"]).double().sum())
-    return total
+        # A batch's own estimate has the prior whole and the likelihood scaled to N: weighted by B / N they add up.
+        parts = [
+            batch_rows(batch) / model.size * log_joint(model, model.to_device(batch), model.sites.split(at)).double()
+            for batch in batches
+        ]
+    return float(sum(parts))
 
 
 def _best_scales(model: BayesianLoRA, curvature, at: Tensor, per_module: bool) -> float | tuple[float, ...]:
@@ -151,7 +150,7 @@ def _best_scales(model: BayesianLoRA, curvature, at: Tensor, per_module: bool) -
     sizes = torch.tensor([where.stop - where.start for where in places], dtype=torch.float64)
     owner = torch.arange(len(places)) % modules
     expand = torch.cat([torch.full((int(n),), int(m)) for n, m in zip(sizes, owner, strict=True)])
-    _, precision = _prior_at(model, at)
+    precision = _prior_precision(model)
     start = torch.stack([precision.double().log()[expand == m].mean() for m in range(modules)])
     log_precision = start.clone().requires_grad_()
     optimiser = torch.optim.LBFGS([log_precision], max_iter=200, line_search_fn="strong_wolfe")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from itertools import islice
 
 import pyro
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributions import biject_to
 from tqdm.auto import tqdm
 
-from ..data import Batch, as_batches, batch_rows, naming_the_batch
+from ..data import Batch, as_batches, batch_rows, endless, naming_the_batch
 from ..latents import LatentSites
 from ..model import BayesianLoRA
 from ..posterior import Posterior, local_parameters
@@ -116,7 +116,7 @@ def stochastic_gradient_chains(
         bar = tqdm(total=chains * steps, disable=not progress, desc=settings["method"].upper(), unit="step")
         for chain in range(chains):
             position, momentum, kept = start.clone(), torch.zeros_like(start), []
-            begun, stream = time.perf_counter(), _endless(batches)
+            begun, stream = time.perf_counter(), endless(batches)
             with model.attached(dropout=False):
                 for step in range(1, steps + 1):
                     place, batch = next(stream)
@@ -192,8 +192,3 @@ def _check_unconstrained(model) -> None:
             f"expected a prior without constrained sites, got {model.prior!r} with {constrained}; write "
             "lb.infer.nuts(model, train), which transforms them"
         )
-
-
-def _endless(batches: Iterable[Batch]) -> Iterator[tuple[int, Batch]]:
-    while True:
-        yield from enumerate(batches)

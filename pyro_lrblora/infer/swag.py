@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..data import as_batches
+from ..data import as_batches, endless
 from ..guides import Delta, LowRank
 from ..model import BayesianLoRA
 from ..posterior import Posterior, local_parameters
@@ -146,7 +146,7 @@ def _collect(point, train, snapshots, every, columns, rates, clip, callbacks, pr
     model, guide, head = point.model, point.guide, point.model.point_head
     elbo = PartedELBO(False, model.sites.shapes)
     optimiser = optimiser_of(point, rates)
-    moments, batches = Moments(columns), _endless(train)
+    moments, batches = Moments(columns), endless(train)
     for number in tqdm(range(snapshots), disable=not progress, desc="SWAG", unit="snapshot"):
         for _ in range(every):
             position, batch = next(batches)
@@ -157,11 +157,6 @@ def _collect(point, train, snapshots, every, columns, rates, clip, callbacks, pr
         for callback in callbacks:
             callback(row, point)
     return moments
-
-
-def _endless(train) -> Iterator[tuple[int, object]]:
-    while True:
-        yield from enumerate(train)
 
 
 def _check_latents_only(model: BayesianLoRA) -> None:
