@@ -1,4 +1,4 @@
-"""Pictures of predictions. Matplotlib is imported when one is drawn."""
+"""The reliability diagram."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from . import metrics
-from .predictive import Prediction
+from .. import metrics
+from ..predictive import Prediction
+from .canvas import BLUE, GREY, INK, canvas
 
 
 def reliability_diagram(predictions: Mapping[str, Prediction], bins: int = 10):
@@ -20,32 +21,27 @@ def reliability_diagram(predictions: Mapping[str, Prediction], bins: int = 10):
     Returns:
         A matplotlib Figure; write it with figure.savefig(path).
     """
-    from matplotlib.figure import Figure
-
     if not predictions:
         raise ValueError("expected at least one prediction, got none")
-    figure = Figure(figsize=(2.7 * len(predictions) + 0.5, 3.9), layout="constrained")
-    upper, lower = figure.subplots(2, len(predictions), sharex=True, squeeze=False, height_ratios=[3, 1])
+    width = 2.7 * len(predictions) + 0.5
+    figure, (upper, lower) = canvas(width, 3.9, 2, len(predictions), sharex=True, height_ratios=[3, 1])
     for top, bottom, (title, prediction) in zip(upper, lower, predictions.items(), strict=True):
         floor = 1 / prediction.probs.shape[-1]
         curve = metrics.reliability(prediction.probs, prediction.labels, bins)
         low, high = _wilson(curve["accuracy"], curve["rows"])
-        top.plot([floor, 1], [floor, 1], color="0.6", linewidth=1, linestyle="--", label="perfect")
+        top.plot([floor, 1], [floor, 1], color=GREY, linewidth=1, linestyle="--", label="perfect")
         top.errorbar(
             curve["confidence"], curve["accuracy"], yerr=[curve["accuracy"] - low, high - curve["accuracy"]],
-            fmt="o-", color="#20639b", markersize=4, linewidth=1.5, capsize=2,
+            fmt="o-", color=BLUE, markersize=4, linewidth=1.5, capsize=2,
         )  # fmt: skip
         error = metrics.ece(prediction.probs, prediction.labels, bins)
-        top.set_title(f"{title}\nECE {error:.3f} ({bins} bins)", fontsize=9)
-        bottom.bar(curve["confidence"], curve["rows"], width=0.7 * (1 - floor) / bins, color="#9db8cf")
+        top.set_title(f"{title}\nECE {error:.3f} ({bins} bins)")
+        bottom.bar(curve["confidence"], curve["rows"], width=0.7 * (1 - floor) / bins, color=GREY)
         top.set_ylim(0, 1.02)
         bottom.set_xlim(floor - 0.03, 1.03)
-        for axes in (top, bottom):
-            axes.spines[["top", "right"]].set_visible(False)
-            axes.tick_params(labelsize=8)
     upper[0].set_ylabel("accuracy")
     lower[0].set_ylabel("rows")
-    figure.supxlabel("confidence", fontsize=10)
+    figure.supxlabel("confidence", fontsize=9, color=INK)
     return figure
 
 

@@ -1,0 +1,1 @@
+"""Should this posterior be believed, and where is the uncertainty: one file per question."""
