@@ -84,12 +84,10 @@ class Posterior:
         """
         if draws < 1:
             raise ValueError(f"expected draws >= 1, got draws={draws}")
-        if isinstance(self.guide, DrawsGuide):
-            return self.guide.spread(draws)
         with torch.random.fork_rng(enabled=seed is not None):
             if seed is not None:
                 torch.manual_seed(seed)
-            if isinstance(self.guide, EnsembleGuide):
+            if isinstance(self.guide, DrawsGuide | EnsembleGuide):
                 return self.guide.spread(draws)
             traces = [poutine.trace(self.guide).get_trace() for _ in range(draws)]
         names = [name for name in traces[0].stochastic_nodes if not traces[0].nodes[name]["infer"].get("is_auxiliary")]

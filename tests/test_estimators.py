@@ -213,7 +213,8 @@ MEANINGLESS = [
 
 
 @pytest.mark.parametrize(("options", "error", "message"), MEANINGLESS, ids=lambda value: str(value)[:60])
-def test_what_makes_no_sense_is_refused(problem, options, error, message):
+def test_what_makes_no_sense_is_refused_before_the_network_runs(problem, options, error, message, monkeypatch):
+    monkeypatch.setattr(problem.model.network, "forward", lambda **_: pytest.fail("the network ran"))
     with pytest.raises(error, match=message):
         lb.fit(problem.model, [problem.batch], steps=1, progress=False, **options)
 

@@ -33,7 +33,7 @@ def in_subspace(model: BayesianLoRA, init: Posterior | None, train, tokenizer) -
 def start_at(model: BayesianLoRA, init: Posterior | None, train, tokenizer) -> Posterior:
     """A point posterior at the base, or at init's mean, that nothing has trained."""
     model = in_subspace(model, init, train, tokenizer)
-    return Posterior(model, start_guide(model, Delta(), train, init, False, None), Delta())
+    return Posterior(model, base_guide(model, Delta(), init), Delta())
 
 
 def prior_sites(model: BayesianLoRA) -> tuple[dict[str, object], list[str]]:
@@ -52,13 +52,20 @@ def _same_subspace(first: Mapping[str, torch.Tensor], second: Mapping[str, torch
     return first.keys() == second.keys() and all(torch.equal(first[k].cpu(), second[k].cpu()) for k in first)
 
 
-def start_guide(model, spec, train, init, warm_start: bool, rows: int | None) -> torch.nn.Module:
-    """The guide at its start: at init's mean or the pretrained network, as wide as the Fisher matrix or init say."""
-    start = model.start() if init is None else {name: value.clone() for name, value in init.mean().items()}
+def base_guide(model, spec, init: Posterior | None) -> torch.nn.Module:
+    """The guide at init's mean or at the pretrained network, as wide as its own start_scale says."""
+    start = _start(model, init)
+    guide = build_guide(spec, model, start=start)
+    if isinstance(guide, LatentGuide):
+        with torch.no_grad():
+            guide.begin_at(model.sites.join(start).to(model.device))
+    return guide
+
+
+def spread_guide(guide, model, spec, train, init, warm_start: bool, rows: int | None) -> torch.nn.Module:
+    """What base_guide built, now as wide as the Fisher matrix or init say; a stock guide is built anew for that."""
+    start = _start(model, init)
     loc = model.sites.join(start).to(model.device)
-    stock = isinstance(spec, type) and issubclass(spec, AutoGuide)
-    # Built before the pass over the data: a family that does not fit refuses at once.
-    guide = None if stock else build_guide(spec, model, start=start)
     rank, curvature = getattr(spec, "fisher_rank", 1), None
     precision = model.sites.join(prior_variance(model.sample_prior, model.sites.shapes)).reciprocal()
     if warm_start and rank:
@@ -66,10 +73,15 @@ def start_guide(model, spec, train, init, warm_start: bool, rows: int | None) ->
     elif init is not None and getattr(init.guide, "has_density", False):
         with torch.no_grad(), suppress(NotImplementedError):  # a flow has no variance
             curvature = Curvature.of(init.guide.distribution(), precision)
-    if stock:
-        scale = None if curvature is None else float(curvature.diagonal.rsqrt().log().mean().exp())
-        return build_guide(spec, model, scale, start)
+    if curvature is None:
+        return guide
     if isinstance(guide, LatentGuide):
         with torch.no_grad():
-            guide.begin_at(loc) if curvature is None else guide.begin(curvature)
+            guide.begin(curvature)
+    elif isinstance(spec, type) and issubclass(spec, AutoGuide):
+        return build_guide(spec, model, float(curvature.diagonal.rsqrt().log().mean().exp()), start)
     return guide
+
+
+def _start(model, init: Posterior | None) -> dict[str, torch.Tensor]:
+    return model.start() if init is None else {name: value.clone() for name, value in init.mean().items()}

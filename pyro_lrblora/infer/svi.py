@@ -22,7 +22,7 @@ from ..posterior import Posterior, local_parameters
 from ..predictive import predict
 from .elbo import PartedELBO, has_closed_form
 from .progress import DRIFT, SCHEDULES, BestState, ScalesNotConverged, ScaleWatch, multiplier
-from .start import in_subspace, start_guide
+from .start import base_guide, in_subspace, spread_guide
 from .step import Rates, add_gradients, optimiser_of, step
 from .stock_laplace import normal_at_mode
 
@@ -135,14 +135,16 @@ def svi(
                 precision=precision, progress=progress,
             )  # fmt: skip
             model = in_subspace(model, init, train, tokenizer)
-        fitted = start_guide(model, guide, train, init, warm_start, warm_start_rows)
+        fitted = base_guide(model, guide, init)
         closed = kl != "mc" and not path_derivative and has_closed_form(model, fitted)
         if kl == "closed" and not closed:
             raise ValueError(f"expected a guide and prior with a closed-form KL, got {guide!r} and {model.prior!r}")
         _check_sites(model, fitted)
         per_row = _per_row(draws, fitted, model.sites.size * batch_size)
-        program, proposal = (model.rowwise, fitted.rowwise) if per_row else (model, fitted)
         _check_estimator(fitted, antithetic, path_derivative, per_row, particles)
+        # Only now the pass over the data: what does not fit together is refused at once.
+        fitted = spread_guide(fitted, model, guide, train, init, warm_start, warm_start_rows)
+        program, proposal = (model.rowwise, fitted.rowwise) if per_row else (model, fitted)
         elbo = PartedELBO(
             closed, model.sites.shapes, fitted if path_derivative else None, antithetic, num_particles=particles
         )
