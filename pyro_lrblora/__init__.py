@@ -1,31 +1,50 @@
 """Bayesian LoRA in a projected subspace, on Pyro: fine-tune a transformer and know how sure it is."""
 
-from . import adapters, data, distributions, evidence, guides, infer, likelihoods, metrics, plots, priors, projections
+from . import (
+    adapters,
+    data,
+    diagnostics,
+    distributions,
+    evidence,
+    guides,
+    infer,
+    likelihoods,
+    metrics,
+    plots,
+    priors,
+    projections,
+)
 from .adapters import LoRA, LoRAXS
 from .comparison import Comparison, compare
 from .data import Batches
+from .diagnostics import Diagnosis, diagnose
 from .head import FixedHead
 from .infer import ChainsNotConverged, Rates, ScalesNotConverged
 from .infer import svi as fit
 from .model import BayesianLoRA
 from .posterior import Posterior, fixed_from
 from .predictive import Prediction, predict
+from .report import Report, report
 
 __all__ = [
     "Batches",
     "BayesianLoRA",
     "ChainsNotConverged",
     "Comparison",
+    "Diagnosis",
     "FixedHead",
     "LoRA",
     "LoRAXS",
     "Posterior",
     "Prediction",
     "Rates",
+    "Report",
     "ScalesNotConverged",
     "adapters",
     "compare",
     "data",
+    "diagnose",
+    "diagnostics",
     "distributions",
     "evidence",
     "fit",
@@ -38,4 +57,5 @@ __all__ = [
     "predict",
     "priors",
     "projections",
+    "report",
 ]

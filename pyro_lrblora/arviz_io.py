@@ -1,4 +1,4 @@
-"""Posteriors as ArviZ data. The only file that knows ArviZ 0.x from 1.x."""
+"""Posteriors as ArviZ data. This file and arviz_plots.py are the only two that know ArviZ 0.x from 1.x."""
 
 from __future__ import annotations
 
@@ -31,13 +31,9 @@ def to_arviz(posterior: Posterior, data=None, draws: int | None = None, seed: in
         draws: S, of all chains together, rounded down to equally many from each; None is 100, or all stored ones.
         seed: of the draws.
     """
-    chains = 1
-    if isinstance(posterior.guide, DrawsGuide):
-        chains, total = posterior.guide.chains, posterior.guide.total
-        draws = max(1, min(total if draws is None else draws, total) // chains) * chains
-    draws = 100 if draws is None else draws
+    samples, chains = posterior_draws(posterior, draws, seed)
+    draws = len(next(iter(samples.values())))
     by_chain = lambda values: _by_chain(values, chains)
-    samples = posterior.sample(draws, seed=seed)
     groups = {
         "posterior": by_chain(samples),
         "prior": _by_chain(prior_draws(posterior.model, draws, seed), 1),
@@ -61,6 +57,19 @@ def to_arviz(posterior: Posterior, data=None, draws: int | None = None, seed: in
     return from_groups(groups, dims, coords)
 
 
+def posterior_draws(posterior: Posterior, draws: int | None = None, seed: int = 0) -> tuple[dict, int]:
+    """Draws of every site, (S, *site shape) chain after chain, and how many chains they are of (1: independent).
+
+    Args:
+        posterior, draws, seed: as for to_arviz.
+    """
+    chains = 1
+    if isinstance(posterior.guide, DrawsGuide):
+        chains, total = posterior.guide.chains, posterior.guide.total
+        draws = max(1, min(total if draws is None else draws, total) // chains) * chains
+    return posterior.sample(100 if draws is None else draws, seed=seed), chains
+
+
 def from_groups(
     groups: Mapping[str, Mapping[str, np.ndarray]],
     dims: Mapping[str, list[str]],
@@ -76,7 +85,7 @@ def from_groups(
     import arviz as az
 
     groups = {group: dict(variables) for group, variables in groups.items()}
-    if int(az.__version__.split(".")[0]) >= 1:
+    if arviz_1():
         return az.from_dict(groups, dims=dict(dims), coords=dict(coords))
     return az.from_dict(**groups, dims=dict(dims), coords=dict(coords))
 
@@ -115,7 +124,7 @@ def psis(log_weights: np.ndarray, tolerance: float = 1e-6) -> tuple[np.ndarray, 
     """
     import arviz as az
 
-    if int(az.__version__.split(".")[0]) >= 1:
+    if arviz_1():
         from arviz_stats.base import array_stats
 
         smooth = lambda row: array_stats.psislw(-row)
@@ -133,6 +142,36 @@ def psis(log_weights: np.ndarray, tolerance: float = 1e-6) -> tuple[np.ndarray, 
             if np.isfinite(k):
                 smoothed[number], k_hat[number] = row, k
     return smoothed, k_hat
+
+
+def elpd_data(elpd: np.ndarray, k_hat: np.ndarray):
+    """Leave-one-out densities as ArviZ's ELPDData; its effective number of parameters is unknown (NaN).
+
+    Args:
+        elpd: (N,) nats.
+        k_hat: (N,).
+    """
+    import xarray
+
+    rows = lambda values: xarray.DataArray(np.asarray(values, dtype=float), dims="observation")
+    total, error, bad = float(np.sum(elpd)), float(np.std(elpd) * len(elpd) ** 0.5), bool((k_hat > 0.7).any())
+    shared = {"scale": "log", "se": error, "n_samples": 0, "n_data_points": len(elpd), "good_k": 0.7, "warning": bad}
+    if arviz_1():
+        from arviz_stats.utils import ELPDDataLOO
+
+        return ELPDDataLOO(elpd=total, p=np.nan, elpd_i=rows(elpd), pareto_k=rows(k_hat), **shared)
+    from arviz.stats.stats_utils import ELPDData
+
+    # Its text form reads the first three entries by place.
+    values = {"elpd_loo": total, "se": error, "p_loo": np.nan, "loo_i": rows(elpd), "pareto_k": rows(k_hat)}
+    return ELPDData(data=values | shared)
+
+
+def arviz_1() -> bool:
+    """Whether the ArviZ installed is of the 1.x line."""
+    import arviz as az
+
+    return int(az.__version__.split(".")[0]) >= 1
 
 
 def _by_chain(values: Mapping[str, torch.Tensor], chains: int) -> dict[str, np.ndarray]:

@@ -10,13 +10,14 @@ import pandas as pd
 
 from . import metrics
 from .data import as_batches
-from .evidence import check_fitted_rows, importance, why_no_density
+from .evidence import check_fitted_rows, importance, psis_loo, why_no_density
+from .guides.draws import DrawsGuide
 from .guides.ensemble import EnsembleGuide
 from .guides.mixture import MixtureGuide
 from .posterior import Posterior
 from .predictive import predict
 
-_EVIDENCE = ["ELBO per row", "ELBO per row SE", "LOO per row", "LOO per row SE", "k-hat > 0.7"]
+_EVIDENCE = ["ELBO per row", "ELBO per row SE", "LOO per row", "LOO per row SE", "high k-hat"]
 _COSTS = ["parameters", "head", "total", "of LoRA r=8", "training s", "s/step", "s/1000 predictions"]
 _SUFFIXES = (", mean", ", linearised", ", temperature")
 _WITHOUT = {
@@ -57,7 +58,8 @@ def compare(
         accuracy, NLL (nats), ECE with its bins, Brier; differences of NLL and Brier from the row with the best NLL,
         with standard errors of the paired difference over test rows; temperature; training NLL;
         ELBO and PSIS-LOO, both in nats per training row, with standard errors (of the ELBO over draws, of LOO over
-        rows), and the share of rows whose k-hat is above 0.7, see pyro_lrblora.evidence;
+        rows; stored draws have LOO alone), and "high k-hat", the share of training rows whose k-hat is above
+        min(1 - 1 / log10(S), 0.7), 0.41 for 50 draws, see pyro_lrblora.evidence.k_hat_threshold;
         parameters of the posterior, of the head, of both, and the posterior's as a share of LoRA r=8 on the same
         modules; seconds of the epochs (or chains) in the history, per step, and per 1000 test rows in this call.
         What is left out, and why, is in attrs["notes"].
@@ -221,20 +223,26 @@ def _losses(probs: np.ndarray, labels) -> dict[str, np.ndarray]:
 def _evidence(
     name: str, posterior: Posterior, train, draws: int, seed: int, notes: dict[str, list[str]]
 ) -> dict[str, float]:
-    reason = why_no_density(posterior)
-    if reason:
+    reason, row = why_no_density(posterior), {}
+    if isinstance(posterior.guide, DrawsGuide):
+        notes.setdefault("no ELBO: stored draws have no density", []).append(name)
+        loo = psis_loo(posterior, train, draws, seed)
+    elif reason:
         notes.setdefault(f"no ELBO or LOO: {reason}", []).append(name)
         return {}
-    pieces = importance(posterior, train, draws, seed)
-    elbo, loo = pieces.elbo, pieces.loo
-    total = loo.total
+    else:
+        pieces = importance(posterior, train, draws, seed)
+        elbo, loo = pieces.elbo, pieces.loo
+        row = {"ELBO per row": elbo.value / train.rows, "ELBO per row SE": elbo.standard_error / train.rows}
     if posterior.model.point_head is not None:
         notes.setdefault("ELBO and LOO are conditional on the point head", []).append(name)
     if loo.note:
         notes.setdefault(loo.note, []).append(name)
-    values = (elbo.value, elbo.standard_error, total.value, total.standard_error)
-    row = [value / train.rows for value in values] + [loo.share_above(0.7)]
-    return dict(zip(_EVIDENCE, row, strict=True))
+    else:
+        notes.setdefault(f"k-hat is high above {loo.threshold:.2f}, with {loo.draws} draws", []).append(name)
+    total = loo.total
+    row |= {"LOO per row": total.value / train.rows, "LOO per row SE": total.standard_error / train.rows}
+    return row | {"high k-hat": loo.share_above()}
 
 
 def _costs(posterior: Posterior) -> dict[str, float]:

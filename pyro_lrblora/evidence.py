@@ -46,16 +46,41 @@ def psis_loo(posterior: Posterior, train, draws: int = 200, seed: int = 0, **opt
     """Expected log predictive density of every fitted row had it been left out, by Pareto-smoothed importance sampling.
 
     The weights of row i are p(theta, y) / q(theta) / p(y_i | theta), which corrects for q not being the posterior
-    (Magnusson et al. 2019, arXiv 1902.06504). Conditional on a point head and a learned scale, which have seen row i.
+    (Magnusson et al. 2019, arXiv 1902.06504). Stored draws (a Markov chain's) are taken as the posterior's own: their
+    weights are 1 / p(y_i | theta) (Vehtari et al. 2017, arXiv 1507.04544). Conditional on a point head and a learned
+    scale, which have seen row i.
 
     Args:
-        posterior, train, seed, options: as for elbo.
-        draws: S; below 25 there is no tail to fit, the weights are not smoothed, and k-hat is NaN.
+        posterior: with a density, or of stored draws.
+        train, seed, options: as for elbo.
+        draws: S, of stored ones at most all; below 25 there is no tail to fit, the weights are not smoothed, and k-hat
+            is NaN.
 
     Raises:
-        TypeError, ValueError: as elbo.
+        TypeError: the posterior is neither; says why.
+        ValueError: as elbo.
     """
-    return importance(posterior, train, draws, seed, **options).loo
+    if not isinstance(posterior.guide, DrawsGuide):
+        return importance(posterior, train, draws, seed, **options).loo
+    _, log_likelihood = _drawn(posterior, train, min(draws, posterior.guide.total), seed, **options)
+    return _loo(torch.zeros(len(log_likelihood), dtype=torch.float64), log_likelihood, 1e-6)
+
+
+def k_hat_threshold(draws: int) -> float:
+    """The k-hat above which S weights are not to be relied on: min(1 - 1 / log10(S), 0.7).
+
+    A heavier tail needs more draws than these: 0.41 for 50, 0.57 for 200, 0.7 from 2155 on (Vehtari et al. 2024, arXiv
+    1507.02646).
+
+    Args:
+        draws: S, at least 2.
+
+    Raises:
+        ValueError: draws < 2.
+    """
+    if draws < 2:
+        raise ValueError(f"expected draws >= 2, got draws={draws}")
+    return min(1 - 1 / math.log10(draws), 0.7)
 
 
 @dataclass(frozen=True)
@@ -72,13 +97,15 @@ class LOO:
 
     Args:
         elpd: (N,) log predictive density of each row, in nats.
-        k_hat: (N,) Pareto shape of each row's weights: above 0.7 its elpd is not to be relied on (Vehtari et al. 2024,
-            arXiv 1507.02646); 0 for constant weights, NaN where it cannot be estimated.
+        k_hat: (N,) Pareto shape of each row's weights: above `threshold` its elpd is not to be relied on; 0 for
+            constant weights, NaN where it cannot be estimated.
+        draws: S.
         note: why k-hat is NaN; empty where none is.
     """
 
     elpd: Tensor  # (N,)
     k_hat: Tensor  # (N,)
+    draws: int
     note: str = ""
 
     @property
@@ -87,8 +114,14 @@ class LOO:
         rows = len(self.elpd)
         return Estimate(float(self.elpd.sum()), float(self.elpd.std() * rows**0.5))
 
-    def share_above(self, threshold: float = 0.7) -> float:
-        """Share of rows whose k-hat is above a threshold; NaN where any of them is."""
+    @property
+    def threshold(self) -> float:
+        """The k-hat that these draws allow, see k_hat_threshold; NaN for one draw."""
+        return _threshold(self.draws)
+
+    def share_above(self, threshold: float | None = None) -> float:
+        """Share of rows whose k-hat is above a threshold, None being `threshold`; NaN where any k-hat is."""
+        threshold = self.threshold if threshold is None else threshold
         return float((self.k_hat > threshold).double().mean() + 0 * self.k_hat.sum())
 
 
@@ -128,20 +161,46 @@ class Importance:
         return Estimate(float(value), _standard_error((weights - value).exp()))
 
     @property
+    def log_evidence(self) -> Estimate:
+        """The log of the mean Pareto-smoothed weight, in nats: steadier than iwae where k_hat is below `threshold`.
+
+        Above it, expect both it and its standard error to be too small (Vehtari et al. 2024, arXiv 1507.02646). Without
+        a tail to fit it is iwae.
+        """
+        weights, (smoothed, _) = self.log_weights, self._smoothed
+        lowest = weights.argmin()  # smoothing leaves it alone, so that it tells what normalising divided by
+        value = weights[lowest] - smoothed[lowest] - math.log(len(weights))
+        return Estimate(float(value), _standard_error((smoothed + math.log(len(weights))).exp()))
+
+    @property
     def k_hat(self) -> float:
-        """Pareto shape of the joint weights, almost always above 0.7 in high dimension; 0 where they are constant."""
-        return float(psis(self.log_weights.numpy()[None], self._tolerance)[1][0])
+        """Pareto shape of the joint weights, almost always too high in high dimension; 0 where they are constant."""
+        return self._smoothed[1]
+
+    @property
+    def threshold(self) -> float:
+        """The k-hat that these draws allow, see k_hat_threshold; NaN for one draw."""
+        return _threshold(len(self.log_q))
+
+    @property
+    def effective_draws(self) -> float:
+        """1 / sum of squared normalised weights: how many draws of the posterior these S are worth (Kong 1992)."""
+        return float((-(2 * self.log_weights.log_softmax(0)).logsumexp(0)).exp())
+
+    @property
+    def largest_share(self) -> float:
+        """The largest weight's share of their sum: 1 / S where they are equal, 1 where one draw is all that counts."""
+        return float(self.log_weights.softmax(0).max())
 
     @property
     def loo(self) -> LOO:
         """See psis_loo."""
-        log_weights = (self.log_weights.unsqueeze(1) - self.log_likelihood).T.contiguous()  # (N, S)
-        smoothed, k_hat = psis(log_weights.numpy(), self._tolerance)
-        elpd = (torch.as_tensor(smoothed) + self.log_likelihood.T).logsumexp(1)
-        note, missing = "", int(np.isnan(k_hat).sum())
-        if missing:
-            note = f"k-hat is unknown for {missing} of {len(k_hat)} rows: no tail to fit in {len(self.log_q)} draws"
-        return LOO(elpd, torch.as_tensor(k_hat), note)
+        return _loo(self.log_weights, self.log_likelihood, self._tolerance)
+
+    @property
+    def _smoothed(self) -> tuple[Tensor, float]:
+        smoothed, k_hat = psis(self.log_weights.numpy()[None], self._tolerance)
+        return torch.as_tensor(smoothed[0]), float(k_hat[0])
 
     @property
     def _tolerance(self) -> float:
@@ -152,46 +211,22 @@ class Importance:
 
 @local_parameters
 @torch.no_grad()
-def importance(
-    posterior: Posterior,
-    train,
-    draws: int = 50,
-    seed: int = 0,
-    *,
-    batch_size: int = 64,
-    precision: str = "fp32",
-    fold: int | None = None,
-    tokenizer=None,
-) -> Importance:
+def importance(posterior: Posterior, train, draws: int = 50, seed: int = 0, **options) -> Importance:
     """Log likelihood, log prior and log q of S draws, in one pass over the rows that were fitted.
 
     Args:
         posterior, train, draws, seed: as for elbo.
-        batch_size: rows per forward, for a datasets.Dataset.
-        precision: of the network, "fp32" or "bf16".
-        fold: draws per forward, as for predict.
-        tokenizer: for a datasets.Dataset, where the model has none.
+        options: batch_size=64, rows per forward, and tokenizer=, both for a datasets.Dataset; precision="fp32" or
+            "bf16", of the network; fold=, draws per forward, as for predict.
 
     Raises:
         TypeError, ValueError: as elbo.
     """
-    if draws < 1:
-        raise ValueError(f"expected draws >= 1, got draws={draws}")
     reason = why_no_density(posterior)
     if reason:
         raise TypeError(f"expected a posterior with a density, got {posterior.guide_spec!r}: {reason}")
-    model = posterior.model
-    batches = as_batches(train, tokenizer or model.tokenizer, batch_size=batch_size, by_length=True)
-    check_fitted_rows(posterior, batches)
-    values, head = posterior.sample(draws, seed=seed), posterior.head()
-    parts = []
-    with model.attached(precision, dropout=False):
-        for batch in batches:
-            batch = model.to_device(batch)
-            parts.append(_log_likelihood(model, batch, values, head, folding(model, batch, values, fold)))
-    log_likelihood = torch.empty_like(joined := torch.cat(parts, dim=1))
-    log_likelihood[:, torch.as_tensor(batches.order)] = joined
-    log_prior = [_prior_trace(model, values, number).log_prob_sum() for number in range(draws)]
+    values, log_likelihood = _drawn(posterior, train, draws, seed, **options)
+    log_prior = [_prior_trace(posterior.model, values, number).log_prob_sum() for number in range(draws)]
     log_q = posterior.log_prob(values).double().cpu()
     return Importance(log_likelihood, torch.tensor([float(each) for each in log_prior], dtype=torch.float64), log_q)
 
@@ -203,7 +238,7 @@ def why_no_density(posterior: Posterior) -> str:
     if posterior.is_point:
         return "a point has no density"
     if isinstance(posterior.guide, DrawsGuide):
-        return "stored draws have no density; for their LOO write az.loo(posterior.to_arviz(train))"
+        return "stored draws have no density; psis_loo needs none"
     if isinstance(posterior.guide, EnsembleGuide):
         return "an ensemble's members are fits, not draws from a density"
     if not getattr(posterior.guide, "has_density", True):
@@ -227,6 +262,28 @@ def check_fitted_rows(posterior: Posterior, batches) -> None:
         )
 
 
+@local_parameters
+@torch.no_grad()
+def _drawn(
+    posterior: Posterior, train, draws: int, seed: int, batch_size=64, precision="fp32", fold=None, tokenizer=None
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Draws of every site, and the log likelihood of every row at each, (S, N) in the data's own order."""
+    if draws < 1:
+        raise ValueError(f"expected draws >= 1, got draws={draws}")
+    model = posterior.model
+    batches = as_batches(train, tokenizer or model.tokenizer, batch_size=batch_size, by_length=True)
+    check_fitted_rows(posterior, batches)
+    values, head = posterior.sample(draws, seed=seed), posterior.head()
+    parts = []
+    with model.attached(precision, dropout=False):
+        for batch in batches:
+            batch = model.to_device(batch)
+            parts.append(_log_likelihood(model, batch, values, head, folding(model, batch, values, fold)))
+    log_likelihood = torch.empty_like(joined := torch.cat(parts, dim=1))
+    log_likelihood[:, torch.as_tensor(batches.order)] = joined
+    return values, log_likelihood
+
+
 def _log_likelihood(model, batch, values: Mapping[str, Tensor], head, fold: int) -> Tensor:
     """(S, B) in float64 on the host, `fold` draws to a forward."""
     pieces = []
@@ -234,6 +291,21 @@ def _log_likelihood(model, batch, values: Mapping[str, Tensor], head, fold: int)
         log_prob = model.label_distribution(outputs, repeated).log_prob(repeated["labels"])
         pieces.append(log_prob.double().reshape(size, -1).cpu())
     return torch.cat(pieces)
+
+
+def _loo(log_weights: Tensor, log_likelihood: Tensor, tolerance: float) -> LOO:
+    """From the log weights (S,) that make the draws the posterior's and the log likelihood (S, N)."""
+    without = (log_weights.unsqueeze(1) - log_likelihood).T.contiguous()  # (N, S)
+    smoothed, k_hat = psis(without.numpy(), tolerance)
+    elpd = (torch.as_tensor(smoothed) + log_likelihood.T).logsumexp(1)
+    draws, note, missing = len(log_weights), "", int(np.isnan(k_hat).sum())
+    if missing:
+        note = f"k-hat is unknown for {missing} of {len(k_hat)} rows: no tail to fit in {draws} draws"
+    return LOO(elpd, torch.as_tensor(k_hat), draws, note)
+
+
+def _threshold(draws: int) -> float:
+    return k_hat_threshold(draws) if draws > 1 else math.nan
 
 
 def _prior_trace(model, values: Mapping[str, Tensor], number: int) -> poutine.Trace:

@@ -1,4 +1,4 @@
-"""Scores of probabilistic classification: NLL, Brier, calibration error, bootstrap intervals, temperature scaling."""
+"""Scores of probabilistic classification: NLL, Brier, calibration, ranking and selection, bootstrap, temperature."""
 
 from __future__ import annotations
 
@@ -41,8 +41,11 @@ def ece(probs: Array, labels: Array, bins: int = 15, kind: str = "width") -> flo
     """
     probs, labels = _check(probs, labels)
     if kind == "class":
-        hits = np.eye(probs.shape[1])[labels]
-        return float(np.mean([_binned_error(probs[:, c], hits[:, c], bins, "width") for c in range(probs.shape[1])]))
+        # A class's bins follow those of the class before it, so that one count serves all classes.
+        places = _bin_of(probs, bins, "width") + bins * np.arange(probs.shape[1])
+        gaps = np.bincount(places.ravel(), weights=probs.ravel())
+        hits = np.bincount(places[np.arange(len(labels)), labels], minlength=len(gaps))
+        return float(np.abs(gaps - hits).sum() / probs.size)
     return _binned_error(probs.max(-1), (probs.argmax(-1) == labels).astype(float), bins, kind)
 
 
@@ -57,6 +60,81 @@ def reliability(probs: Array, labels: Array, bins: int = 15) -> dict[str, np.nda
         "accuracy": np.array([hits[rows].mean() for rows in used]),
         "rows": np.array([len(rows) for rows in used]),
     }
+
+
+def selective_risk(probs: Array, labels: Array, confidence: Array | None = None) -> np.ndarray:
+    """Share of wrong rows among the k most confident, (N,) for k = 1..N.
+
+    Rows of equal confidence come in random order: the risk is its expectation over those orders.
+
+    Args:
+        probs: (N, C).
+        labels: (N,).
+        confidence: (N,), higher is surer; None is the highest probability.
+
+    Raises:
+        ValueError: a confidence that is not finite or not one number per row.
+    """
+    probs, labels = _check(probs, labels)
+    confidence = probs.max(-1) if confidence is None else np.asarray(confidence, dtype=float)
+    if confidence.shape != labels.shape or not np.isfinite(confidence).all():
+        raise ValueError(f"expected confidence (N,) of finite numbers, N={len(labels)}, got {confidence.shape}")
+    wrong = (probs.argmax(-1) != labels).astype(float)
+    _, group, rows = np.unique(-confidence, return_inverse=True, return_counts=True)
+    share = np.bincount(group, weights=wrong) / rows
+    counts = np.arange(1, len(labels) + 1)
+    return np.repeat(share, rows).cumsum() / counts
+
+
+def aurc(probs: Array, labels: Array, confidence: Array | None = None) -> float:
+    """Area under the risk-coverage curve, the mean of `selective_risk` (Geifman et al. 2019, arXiv 1805.08206).
+
+    Args:
+        probs: (N, C).
+        labels: (N,).
+        confidence: (N,), higher is surer; None is the highest probability.
+    """
+    return float(selective_risk(probs, labels, confidence).mean())
+
+
+def auroc(scores: Array, positive: Array) -> float:
+    """Probability that a positive row scores above a negative one, ties counting half (Mann-Whitney's U).
+
+    Args:
+        scores: (N,), higher speaks for positive.
+        positive: (N,) bool, both kinds present.
+    """
+    from scipy.stats import rankdata
+
+    scores, positive = _check_detection(scores, positive)
+    hits = positive.sum()
+    ranks = rankdata(scores)[positive].sum()
+    return float((ranks - hits * (hits + 1) / 2) / (hits * (len(scores) - hits)))
+
+
+def average_precision(scores: Array, positive: Array) -> float:
+    """Area under the precision-recall curve (AUPR), as steps, without interpolation.
+
+    Args:
+        scores: (N,), higher speaks for positive.
+        positive: (N,) bool, both kinds present; a score that says nothing reaches their share.
+    """
+    true, false = _detected(*_check_detection(scores, positive))
+    return float((np.diff(true, prepend=0) * true / (true + false)).sum() / true[-1])
+
+
+def false_positive_rate(scores: Array, positive: Array, recall: float = 0.95) -> float:
+    """Share of negative rows above the highest threshold that finds `recall` of the positive ones (FPR at 95% TPR).
+
+    Args:
+        scores: (N,), higher speaks for positive.
+        positive: (N,) bool, both kinds present.
+        recall: share of the positive rows to find, above 0.
+    """
+    if not 0 < recall <= 1:
+        raise ValueError(f"expected 0 < recall <= 1, got recall={recall}")
+    true, false = _detected(*_check_detection(scores, positive))
+    return float(false[np.argmax(true >= recall * true[-1])] / false[-1])
 
 
 def bootstrap(
@@ -137,7 +215,24 @@ def _bin_of(confidence: np.ndarray, bins: int, kind: str) -> np.ndarray:
     raise ValueError(f"expected kind='width', 'mass' or 'class', got kind={kind!r}")
 
 
+def _detected(scores: np.ndarray, positive: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Positive and negative rows at or above each distinct score, from the highest down."""
+    _, group = np.unique(-scores, return_inverse=True)
+    return np.bincount(group, weights=positive).cumsum(), np.bincount(group, weights=~positive).cumsum()
+
+
+def _check_detection(scores: Array, positive: Array) -> tuple[np.ndarray, np.ndarray]:
+    scores, positive = np.asarray(scores, dtype=float), np.asarray(positive).astype(bool)
+    if scores.ndim != 1 or scores.shape != positive.shape or np.isnan(scores).any():
+        raise ValueError(f"expected scores (N,) without NaN and positive (N,), got {scores.shape}, {positive.shape}")
+    if positive.all() or not positive.any():
+        raise ValueError(f"expected positive and negative rows, got {positive.sum()} positive of {len(positive)}")
+    return scores, positive
+
+
 def _check(probs: Array, labels: Array) -> tuple[np.ndarray, np.ndarray]:
+    if labels is None:
+        raise ValueError("expected labels (N,), got None; predict on data that have a label column")
     probs, labels = np.asarray(probs, dtype=float), np.asarray(labels)
     if probs.ndim != 2 or labels.shape != probs.shape[:1] or len(labels) == 0:
         raise ValueError(f"expected probs (N, C) and labels (N,) with N >= 1, got {probs.shape} and {labels.shape}")

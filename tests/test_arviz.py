@@ -7,6 +7,7 @@ import torch
 from conftest import tiny_bert, token_batches
 
 import pyro_lrblora as lb
+from pyro_lrblora.arviz_io import arviz_1, elpd_data, posterior_draws
 
 pytestmark = pytest.mark.filterwarnings("ignore::pyro_lrblora.ScalesNotConverged")
 
@@ -73,3 +74,27 @@ def test_arviz_reads_it(tmp_path):
     assert np.isfinite(float(loo.elpd_loo if hasattr(loo, "elpd_loo") else loo.elpd))
     data.to_netcdf(tmp_path / "draws.nc")
     assert (tmp_path / "draws.nc").stat().st_size > 0
+
+
+def test_leave_one_out_densities_as_arviz_has_them():
+    elpd, k_hat = np.random.default_rng(0).normal(-1, 0.3, 30), np.linspace(-0.1, 0.9, 30)
+    data, worse = elpd_data(elpd, k_hat), elpd_data(elpd - 0.1, k_hat)
+    total = data.elpd if arviz_1() else data.elpd_loo
+    assert total == pytest.approx(elpd.sum())
+    assert data.se == pytest.approx(30**0.5 * elpd.std())
+    assert data.warning
+    np.testing.assert_array_equal(data.pareto_k.values, k_hat)
+    table = az.compare({"worse": worse, "better": data})
+    assert table.index.tolist() == ["better", "worse"]
+    assert abs(table.loc["worse", "elpd_diff"]) == pytest.approx(3.0, abs=0.01)
+    assert "30 observations" in str(data)
+
+
+def test_draws_of_chains_stay_in_their_chains():
+    kept = torch.arange(3 * 10.0).reshape(3, 10, 1, 1, 1) * torch.ones(3, 10, 8, 2, 2)
+    model = lb.BayesianLoRA(tiny_bert(), lb.LoRAXS(2), size=40)
+    posterior = lb.Posterior(model, lb.guides.draws.DrawsGuide({"R": kept}), lb.guides.draws.Draws(3, 10))
+    draws, chains = posterior_draws(posterior, 17)
+    assert chains == 3
+    assert (draws["R"][:, 0, 0, 0] // 10).tolist() == [0.0] * 5 + [1.0] * 5 + [2.0] * 5
+    assert posterior_draws(fit(lb.LoRAXS(2)))[1] == 1

@@ -70,7 +70,7 @@ def fits(reviews):
     ],
 )
 def test_without_a_density_there_is_no_elbo_and_it_says_why(fits, reviews, name, reason):
-    for estimate in (elbo, psis_loo, importance):
+    for estimate in (elbo, importance) if name == "stored" else (elbo, psis_loo, importance):
         with pytest.raises(TypeError, match=reason):
             estimate(fits[name], reviews["train"])
 
@@ -104,9 +104,6 @@ def test_too_few_draws_for_a_tail_are_said_and_not_hidden(fits, reviews, draws):
     expected = (weights * pieces.log_likelihood.exp()).sum(0).log()
     torch.testing.assert_close(loo.elpd, expected)
     assert math.isnan(pieces.elbo.standard_error) == (draws == 1)
-
-
-# --- PSIS
 
 
 @pytest.fixture(scope="module")
@@ -176,17 +173,19 @@ def test_differences_are_paired_and_from_the_row_with_the_best_nll(table, by_han
 
 
 def test_evidence_is_per_training_row_and_blank_for_a_point_a_mean_and_a_temperature(table, fits, reviews):
-    names = ["ELBO per row", "ELBO per row SE", "LOO per row", "LOO per row SE", "k-hat > 0.7"]
+    names = ["ELBO per row", "ELBO per row SE", "LOO per row", "LOO per row SE", "high k-hat"]
     for name in ("diagonal", "precision"):
         pieces = importance(fits[name], reviews["train"], draws=50)
         total = pieces.loo.total
         expected = [pieces.elbo.value, pieces.elbo.standard_error, total.value, total.standard_error]
         found = table.loc[name, names]
         assert found.iloc[:4].tolist() == pytest.approx([value / 40 for value in expected], rel=1e-5)
-        assert found.iloc[4] == float((pieces.loo.k_hat > 0.7).double().mean())
+        share = float((pieces.loo.k_hat > 1 - 1 / math.log10(50)).double().mean())
+        assert found.iloc[4] == share != float((pieces.loo.k_hat > 0.7).double().mean())
     assert table.loc[[row for row in table.index if row not in ("diagonal", "precision")], names].isna().all(axis=None)
     assert "point: no ELBO or LOO: a point has no density" in table.attrs["notes"]
     assert "diagonal, precision: ELBO and LOO are conditional on the point head" in table.attrs["notes"]
+    assert "diagonal, precision: k-hat is high above 0.41, with 50 draws" in table.attrs["notes"]
 
 
 def test_costs(table, fits):
@@ -220,15 +219,19 @@ def test_every_kind_of_posterior_has_its_row(fits, reviews):
     blank = {name for name in fits if math.isnan(table.loc[name, "ELBO per row"])}
     assert blank == {"point", "points", "dropout", "AutoDelta", "stored", "ensemble"}
     for name in blank:
-        assert re.search(rf"\b{name}\b.*: no ELBO or LOO: ", notes)
+        assert re.search(rf"\b{name}\b.*: no ELBO{'' if name == 'stored' else ' or LOO'}: ", notes)
+        assert math.isnan(table.loc[name, "LOO per row"]) == (name != "stored")
+    loo = psis_loo(fits["stored"], reviews["train"], draws=5)
+    assert table.loc["stored", "LOO per row"] == pytest.approx(loo.total.value / 40, rel=1e-6)
+    assert table.loc["stored", "LOO per row SE"] == pytest.approx(loo.total.standard_error / 40, rel=1e-6)
     assert "k-hat is unknown for 40 of 40 rows: no tail to fit in 5 draws" in notes
-    assert table["k-hat > 0.7"].isna().all()
+    assert table["high k-hat"].isna().all()
 
 
 def test_a_missing_role_leaves_its_columns_out_and_says_so(fits, reviews):
     scores = {"accuracy", "NLL", "ECE (7 bins)", "Brier"}
     for role, columns in (
-        ("train", {"train NLL", "ELBO per row", "LOO per row", "k-hat > 0.7"}),
+        ("train", {"train NLL", "ELBO per row", "LOO per row", "high k-hat"}),
         ("validation", {"temperature"}),
     ):
         roles = {name: reviews[name] for name in {"train", "validation"} - {role}}
@@ -263,9 +266,6 @@ def test_everything_is_checked_before_any_prediction(fits, reviews, monkeypatch)
         lb.compare(good, tiny_reviews(40, classes=5))
     with pytest.raises(ValueError, match="names that do not end in"):
         lb.compare(good | {"a, mean": fits["precision"]}, test)
-
-
-# --- how it is shown
 
 
 def test_it_prints_in_blocks_of_a_terminals_width(table):

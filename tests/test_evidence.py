@@ -2,29 +2,22 @@
 
 import math
 
+import arviz as az
 import numpy as np
 import pytest
 import torch
 from conftest import LinearGaussian, tiny_bert, tiny_reviews, tiny_tokenizer, token_batches
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from truth import exact, posterior_at
 
 import pyro_lrblora as lb
 from pyro_lrblora.arviz_io import psis
-from pyro_lrblora.evidence import Importance, elbo, importance, psis_loo
+from pyro_lrblora.evidence import LOO, Importance, elbo, importance, k_hat_threshold, psis_loo
+from pyro_lrblora.infer.chains import posterior_of_chains
+from pyro_lrblora.plots.weights import loo_k_hat, weight_tail
 
 pytestmark = pytest.mark.filterwarnings("ignore::pyro_lrblora.ScalesNotConverged")
-
-
-def posterior_at(problem, mean, covariance):
-    spec = lb.guides.FullRank()
-    guide = spec(problem.model)
-    guide.set(mean.float(), [torch.linalg.cholesky(covariance).float()])
-    return lb.Posterior(problem.model, guide, spec)
-
-
-def exact(problem):
-    return posterior_at(problem, problem.mean, problem.precision.inverse())
 
 
 def off(problem):
@@ -52,9 +45,6 @@ def leave_one_out(problem):
     return torch.stack(densities)
 
 
-# --- evidence
-
-
 @pytest.mark.parametrize("size", [24, 7])
 def test_the_elbo_is_the_log_evidence_minus_the_kl(size):
     problem = LinearGaussian(rank=3)
@@ -79,9 +69,11 @@ def test_at_the_exact_posterior_the_weights_are_constant(rank):
     problem = LinearGaussian(rank)
     pieces = importance(exact(problem), problem.batches(24), draws=100)
     assert pieces.k_hat == 0
-    for found in (pieces.elbo, pieces.iwae):
+    for found in (pieces.elbo, pieces.iwae, pieces.log_evidence):
         assert found.value == pytest.approx(problem.log_evidence, abs=1e-3)
         assert found.standard_error < 1e-4
+    assert pieces.effective_draws == pytest.approx(100, rel=1e-4)
+    assert pieces.largest_share == pytest.approx(0.01, rel=1e-3)
 
 
 def test_many_draws_bring_the_bound_to_the_evidence():
@@ -90,6 +82,70 @@ def test_many_draws_bring_the_bound_to_the_evidence():
     assert pieces.k_hat < 0.7
     assert abs(pieces.iwae.value - problem.log_evidence) < 4 * pieces.iwae.standard_error
     assert problem.log_evidence - pieces.elbo.value > 10 * pieces.iwae.standard_error
+    smoothed = pieces.log_evidence
+    assert 0 < smoothed.standard_error < 1.05 * pieces.iwae.standard_error
+    assert abs(smoothed.value - problem.log_evidence) < 4 * smoothed.standard_error
+
+
+def test_half_and_double_the_sd_are_seen_in_every_number():
+    """Of D normals: ELBO = evidence - D (log 1/c + (c^2 - 1) / 2), and ESS / S = (sqrt(2 - 1/c^2) / c)^D if c > 1."""
+    problem = LinearGaussian(rank=2)
+    covariance, draws = problem.precision.inverse(), 1000
+    at = lambda c: importance(
+        posterior_at(problem, problem.mean, c**2 * covariance), problem.batches(24), draws=draws, fold=500
+    )
+    good, narrow, wide = at(1.0), at(0.5), at(2.0)
+    for pieces, c in ((narrow, 0.5), (wide, 2.0)):
+        kl = 4 * (-math.log(c) + (c**2 - 1) / 2)
+        assert abs(pieces.elbo.value - (problem.log_evidence - kl)) < 4 * pieces.elbo.standard_error
+        assert pieces.elbo.value < pieces.log_evidence.value
+        assert pieces.effective_draws < 0.6 * good.effective_draws
+        assert pieces.largest_share > 3 * good.largest_share
+    # Weights of a narrow q have the shape 1 - c^2, without a second moment; of a wide one they are bounded.
+    assert narrow.k_hat > narrow.threshold > wide.k_hat
+    assert narrow.k_hat == pytest.approx(0.75, abs=0.25)
+    assert wide.effective_draws / draws == pytest.approx((math.sqrt(2 - 1 / 4) / 2) ** 4, rel=0.15)
+    assert narrow.largest_share > 3 * wide.largest_share
+    assert abs(wide.log_evidence.value - problem.log_evidence) < 4 * wide.log_evidence.standard_error
+
+
+@pytest.mark.parametrize(
+    ("draws", "expected"), [(10, 0.0), (100, 0.5), (1000, 2 / 3), (2154, 0.69999), (2155, 0.7), (10**6, 0.7)]
+)
+def test_the_limit_of_k_hat_rises_with_the_draws(draws, expected):
+    assert k_hat_threshold(draws) == pytest.approx(expected, abs=2e-5)
+    loo = LOO(torch.zeros(4), torch.tensor([expected - 0.01, expected + 0.01, 0.75, 0.75]), draws)
+    assert loo.share_above() == (0.75 if expected < 0.74 else 0)
+    assert loo.share_above(0.72) == 0.5
+    with pytest.raises(ValueError, match="draws >= 2"):
+        k_hat_threshold(1)
+
+
+def test_the_smoothed_evidence_is_the_mean_of_pareto_weights():
+    """With u uniform, w = u^-k has the mean 1 / (1 - k); at k = 0.5 the plain mean is the noisier one."""
+    smooth, plain = [], []
+    for seed in range(40):
+        uniform = torch.rand(1000, generator=torch.Generator().manual_seed(seed)).double()
+        pieces = Importance(torch.zeros(1000, 1).double(), -0.5 * uniform.log() + 300, torch.zeros(1000).double())
+        smooth.append(pieces.log_evidence.value - 300)
+        plain.append(pieces.iwae.value - 300)
+    assert np.mean(smooth) == pytest.approx(math.log(1 / 0.5), abs=0.03)
+    assert np.std(smooth) < np.std(plain)
+
+
+@settings(deadline=None, max_examples=25)
+@given(seed=st.integers(0, 1000), shift=st.floats(-1e3, 1e3), draws=st.integers(2, 60), spread=st.floats(0, 5))
+def test_weights_are_between_equal_and_one_alone(seed, shift, draws, spread):
+    log_weights = torch.as_tensor(np.random.default_rng(seed).normal(size=draws) * spread + shift)
+    pieces = Importance(torch.zeros(draws, 1).double(), log_weights, torch.zeros(draws).double())
+    weights = np.exp(log_weights.numpy() - log_weights.numpy().max())
+    assert pieces.effective_draws == pytest.approx(weights.sum() ** 2 / (weights**2).sum())
+    assert pieces.largest_share == pytest.approx(1 / weights.sum())
+    assert 1 - 1e-9 <= pieces.effective_draws <= draws + 1e-9
+    assert pieces.elbo.value - 1e-9 <= pieces.iwae.value <= float(log_weights.max()) + 1e-9
+    assert float(log_weights.min()) - 1e-9 <= pieces.log_evidence.value <= float(log_weights.max()) + 1e-9
+    if draws < 25 or spread == 0:
+        assert pieces.log_evidence.value == pytest.approx(pieces.iwae.value, abs=1e-6)
 
 
 @pytest.mark.parametrize("off_by", [False, True], ids=["exact", "off"])
@@ -104,6 +160,49 @@ def test_leave_one_out_is_that_of_bayesian_linear_regression(off_by):
     assert loo.total.standard_error == pytest.approx(float(truth.var() * problem.rows) ** 0.5, rel=0.02)
     in_sample = importance(posterior, problem.batches(24), draws=500).log_likelihood.mean(0)
     assert float((in_sample - truth).abs().max()) > 0.3  # or leaving out would not be tested
+
+
+def chains_of(posterior, chains, draws):
+    values = {name: value.unflatten(0, (chains, draws)) for name, value in posterior.sample(chains * draws).items()}
+    return posterior_of_chains(posterior.model, values, [], {})
+
+
+@pytest.mark.filterwarnings("ignore::pyro_lrblora.ChainsNotConverged")
+def test_stored_draws_leave_one_out_without_a_density():
+    problem = LinearGaussian(rank=2)
+    stored = chains_of(exact(problem), 2, 1000)
+    loo = psis_loo(stored, problem.batches(24), draws=5000)
+    assert loo.draws == 2000  # no more than there are
+    torch.testing.assert_close(loo.elpd, leave_one_out(problem), atol=0.06, rtol=0)
+    assert loo.share_above() == 0
+    fewer = psis_loo(stored, problem.batches(24), draws=500)
+    assert fewer.draws == 500
+    assert not torch.equal(fewer.elpd, loo.elpd)
+    with pytest.raises(ValueError, match="N=24 rows"):
+        psis_loo(stored, problem.batches(24) * 2)
+    with pytest.raises(ValueError, match="draws >= 1"):
+        psis_loo(stored, problem.batches(24), draws=0)
+
+
+@pytest.mark.filterwarnings("ignore::pyro_lrblora.ChainsNotConverged")
+@pytest.mark.filterwarnings("ignore:Estimated shape parameter:UserWarning")
+def test_leave_one_out_of_stored_draws_is_that_of_arviz():
+    data = tiny_reviews(30)
+    model = lb.BayesianLoRA(tiny_bert(), lb.LoRAXS(2), lb.priors.Normal(1.0), head="frozen", tokenizer=tiny_tokenizer())
+    spec = lb.guides.Diagonal()
+    guide = spec(model.with_size(30))
+    guide.scale = torch.full_like(guide.scale, 0.7)
+    stored = chains_of(lb.Posterior(model.with_size(30), guide, spec), 2, 50)
+    found = psis_loo(stored, data, draws=100)
+    options = {"pointwise": True} | ({"reff": 1.0} if hasattr(az, "psislw") else {})
+    expected = az.loo(stored.to_arviz(data), **options)
+    pointwise = expected.loo_i if hasattr(expected, "loo_i") else expected.elpd_i
+    np.testing.assert_allclose(found.elpd, pointwise.values, atol=1e-4)
+    np.testing.assert_allclose(found.k_hat, expected.pareto_k.values, atol=1e-3)
+    assert found.threshold == pytest.approx(float(expected.good_k))
+    assert found.k_hat.max() - found.k_hat.min() > 0.1
+    fitted = lb.predict(stored, data, draws=100).log_probs[torch.arange(30), torch.tensor(data["label"])]
+    assert (found.elpd < fitted).all()  # a row that was left out is never better known
 
 
 def test_a_priors_own_sites_are_in_the_evidence():
@@ -193,4 +292,28 @@ def test_one_unknown_k_hat_makes_their_share_unknown():
     assert tied.loo.note
 
 
-# --- the table
+def test_pictures_show_every_weight_and_every_row():
+    weights = torch.randn(200, generator=torch.Generator().manual_seed(0)).double() * 2
+    pieces = Importance(torch.zeros(200, 1).double(), weights, torch.zeros(200).double())
+    (axes,) = weight_tail(pieces).axes
+    drawn = {line.get_label(): line.get_ydata() for line in axes.lines}
+    np.testing.assert_allclose(drawn["draws"], weights.softmax(0).sort(descending=True).values)
+    assert list(drawn["equal weights"]) == [1 / 200] * 2
+    line = next(line for line in axes.lines if line.get_label().startswith("Pareto"))
+    slope = np.diff(np.log(line.get_ydata())) / np.diff(np.log(line.get_xdata()))
+    np.testing.assert_allclose(slope, -pieces.k_hat)
+    assert f"worth {pieces.effective_draws:.1f}" in axes.get_title()
+    lone = Importance(torch.zeros(30, 1).double(), 5.0 * torch.arange(30).double(), torch.zeros(30).double())
+    assert "draws (26 below 1e-08 left out)" in {line.get_label() for line in weight_tail(lone).axes[0].lines}
+    loo = LOO(torch.zeros(5), torch.tensor([0.1, 0.9, 0.3, torch.nan, 0.7]), 100)
+    (axes,) = loo_k_hat(loo).axes
+    assert {line.get_label(): list(line.get_xdata()) for line in axes.lines[:2]} == {
+        "reliable (2)": [0, 2], "above the limit (2)": [1, 4]
+    }  # fmt: skip
+    assert "unknown for 1 of 5 rows" in axes.get_title()
+    for empty in (
+        Importance(torch.zeros(1, 1), torch.zeros(1), torch.zeros(1)),
+        Importance(torch.zeros(50, 1), *torch.zeros(2, 50)),
+    ):
+        for figure in (weight_tail(empty), loo_k_hat(empty.loo)):
+            figure.canvas.draw()

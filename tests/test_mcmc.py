@@ -190,7 +190,7 @@ def test_a_chain_that_never_moves_has_not_converged():
         posterior_of_chains(LinearGaussian(2).model, {"R": torch.zeros(2, 20, 1, 2, 2)}, [], {})
 
 
-# --- a posterior made of draws
+# --- what a run leaves alone, and its start
 
 
 @pytest.mark.parametrize("method", ["nuts", "sgld", "sghmc"])

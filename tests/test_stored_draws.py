@@ -116,6 +116,3 @@ def test_comparison_and_a_fit_from_the_draws(sampled):
     fitted = lb.fit(model, tiny_reviews(20), guide=lb.guides.Delta(), init=sampled, epochs=1, progress=False,
                     rates=lb.Rates(loc=0.0, scale=0.0, factor=0.0, head=0.0))  # fmt: skip
     torch.testing.assert_close(fitted.mean()["R"], sampled.mean()["R"])
-
-
-# --- what a run leaves alone, and its start

@@ -8,10 +8,8 @@ from conftest import label
 from truth import (
     ANTITHETIC,
     CASES,
-    against_reference,
     best_diagonal,
     best_low_rank,
-    correlation_distance,
     fit,
     fitted_kl,
     shared_target,
@@ -19,6 +17,7 @@ from truth import (
 )
 
 import pyro_lrblora as lb
+from pyro_lrblora.diagnostics.reference import against_reference
 from pyro_lrblora.infer.elbo import PartedELBO
 from pyro_lrblora.posterior import local_parameters
 
@@ -145,8 +144,8 @@ def test_families_against_nuts_on_a_network_that_is_not_linear(reference, prior)
             rates = lb.Rates(loc=0.02, scale=0.02, factor=0.02)
             posterior = lb.fit(model, train, guide=guide, epochs=1500, rates=rates, progress=False)
         found = against_reference(posterior, nuts, test)
-        distance[type(guide).__name__] = correlation_distance(posterior, nuts)
-        assert found["mean, in sd"] < 0.4, (guide, found)
-        assert 0.6 < found["sd ratio"] < 1.1, (guide, found)
-        assert found["predictive total variation"] < 0.03, (guide, found)
+        distance[type(guide).__name__] = found.correlation_error
+        assert found.mean_error.abs().mean() < 0.4, (guide, found.table)
+        assert 0.6 < found.log_sd_ratio.mean().exp() < 1.1, (guide, found.table)
+        assert found.total_variation < 0.03, (guide, found.table)
     assert distance["FullRank"] < 0.75 * distance["Diagonal"]

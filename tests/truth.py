@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from conftest import LinearGaussian
-from torch import Tensor, nn
+from torch import nn
 
 import pyro_lrblora as lb
 from pyro_lrblora.posterior import local_parameters
@@ -19,7 +19,17 @@ G = lb.guides
 RANK = 3
 
 
-# --- the best of a family, in float64
+def posterior_at(problem, mean, covariance):
+    """A normal posterior of given moments."""
+    spec = lb.guides.FullRank()
+    guide = spec(problem.model)
+    guide.set(mean.float(), [torch.linalg.cholesky(covariance).float()])
+    return lb.Posterior(problem.model, guide, spec)
+
+
+def exact(problem):
+    """The posterior itself."""
+    return posterior_at(problem, problem.mean, problem.precision.inverse())
 
 
 def best_diagonal(problem) -> float:
@@ -92,9 +102,6 @@ def _least_kl(problem, covariance, shapes, starts: int = 6) -> float:
         optimiser.step(closure)
         best = min(best, float(kl().detach().nan_to_num(float("inf"))))
     return best
-
-
-# --- what a fit reaches
 
 
 def fit(problem, guide, **options):
@@ -175,9 +182,6 @@ def shared_target() -> LinearGaussian:
     return LinearGaussian(rank=3, modules=2)
 
 
-# --- a network that is not linear
-
-
 class TwoLayers(nn.Module):
     """A classifier with one hidden layer of tanh units: its posterior is not normal."""
 
@@ -198,27 +202,3 @@ def two_layer_problem(prior, rank: int = 2) -> tuple[lb.BayesianLoRA, list[dict]
     labels = (x[:, 0] * x[:, 1] + x[:, 2] > 0).long()
     model = lb.BayesianLoRA(network, lb.LoRAXS(rank, targets="all-linear"), prior, size=60)
     return model, [{"x": x[:60], "labels": labels[:60]}], [{"x": x[60:]}]
-
-
-def against_reference(posterior, reference, test, draws: int = 1000) -> dict[str, float]:
-    """Mean and sd of the latents and predictive probabilities beside those of a reference posterior."""
-    flat = lambda p: p.model.sites.join(p.sample(draws, seed=0)).double()
-    ours, theirs = flat(posterior), flat(reference)
-    sd = theirs.std(0)
-    predictions = [lb.predict(p, test, draws=draws // 2, seed=1).probs for p in (posterior, reference)]
-    return {
-        "mean, in sd": float(((ours.mean(0) - theirs.mean(0)) / sd).abs().mean()),
-        "sd ratio": float((ours.std(0) / sd).log().mean().exp()),
-        "predictive total variation": float((predictions[0] - predictions[1]).abs().sum(-1).mean() / 2),
-    }
-
-
-def correlation_distance(posterior, reference, draws: int = 1000) -> float:
-    """Mean absolute difference of the latents' correlations."""
-    correlation = lambda p: torch.corrcoef(p.model.sites.join(p.sample(draws, seed=0)).double().T)
-    return float((correlation(posterior) - correlation(reference)).abs().mean())
-
-
-def joined(values: dict[str, Tensor], model) -> Tensor:
-    """The flat latents of draws."""
-    return model.sites.join(values)

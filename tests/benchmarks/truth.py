@@ -16,9 +16,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from truth import (  # noqa: E402
     CASES,
-    against_reference,
     best_diagonal,
-    correlation_distance,
     fit,
     fitted_kl,
     shared_target,
@@ -26,6 +24,7 @@ from truth import (  # noqa: E402
 )
 
 import pyro_lrblora as lb  # noqa: E402
+from pyro_lrblora.diagnostics.reference import against_reference  # noqa: E402
 
 G = lb.guides
 
@@ -119,11 +118,10 @@ def network_rows(prior) -> pd.DataFrame:
         )
     rows = {}
     for name, run in runs.items():
-        posterior = run()
-        rows[name] = against_reference(posterior, nuts, test) | {
-            "correlation, mean absolute difference": correlation_distance(posterior, nuts)
-        }
-    rows["NUTS: R-hat, smallest ESS"] = {"mean, in sd": nuts.settings["r_hat"], "sd ratio": nuts.settings["ess"]}
+        found = against_reference(run(), nuts, test).table
+        rows[name] = found["value"]
+    quality = f"R-hat {nuts.settings['r_hat']:.3f}, smallest ESS {nuts.settings['ess']:.0f}"
+    rows[f"between halves of the draws of NUTS ({quality})"] = found["floor"]
     return pd.DataFrame.from_dict(rows, orient="index")
 
 

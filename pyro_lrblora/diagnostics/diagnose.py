@@ -1,0 +1,198 @@
+"""Everything that can be checked about a posterior, as rows with a verdict."""
+
+from __future__ import annotations
+
+import json
+import textwrap
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from .. import metrics
+from ..data import as_batches
+from ..evidence import check_fitted_rows, importance, psis_loo, why_no_density
+from ..guides.draws import DrawsGuide
+from ..guides.ensemble import EnsembleGuide
+from ..guides.mixture import MixtureGuide
+from ..likelihoods import Categorical
+from ..posterior import Posterior
+from ..predictive import predict
+from .calibration import calibration
+from .draws_sweep import draws_sweep
+from .findings import Check, Findings
+from .out_of_distribution import out_of_distribution
+from .reference import against_reference
+from .selective import risk_coverage
+from .structure import structure
+from .training import training
+from .uncertainty import decompose
+from .verdicts import verdicts
+
+VERDICTS = ("good", "warning", "bad", "not checked")
+
+
+def diagnose(
+    posterior: Posterior,
+    test,
+    *,
+    train=None,
+    validation=None,
+    outside=None,
+    reference: Posterior | None = None,
+    draws: int = 32,
+    evidence_draws: int = 100,
+    bins: int = 15,
+    seed: int = 0,
+    tokenizer=None,
+) -> Diagnosis:
+    """Check a posterior from its training to its predictions, and say what each number means and what to do.
+
+    What cannot be checked is a row too, with the reason. The rules are in diagnostics/verdicts.py.
+
+    Args:
+        posterior: what a fit returned.
+        test: rows for the predictive checks; without labels, only those that need none.
+        train: the rows that were fitted: adds ELBO, importance weights and LOO.
+        validation: rows that the temperature is fitted on.
+        outside: rows of another kind, which the posterior should be less sure of.
+        reference: a better known posterior in the same subspace (lb.infer.nuts, laplace structure="full").
+        draws: S of the predictions.
+        evidence_draws: S of ELBO and LOO.
+        bins: of the ECE.
+        seed: of all draws.
+        tokenizer: for a datasets.Dataset, where the model has none.
+
+    Returns:
+        Prints as a table; `table` is a DataFrame, `to_json()` text, `findings` all that the checks were made from.
+
+    Raises:
+        ValueError: before any prediction: draws < 1, empty data, training rows that are not as many as were fitted, a
+            reference in another subspace.
+    """
+    for name, value in {"draws": draws, "evidence_draws": evidence_draws}.items():
+        if not (isinstance(value, int) and value >= 1):
+            raise ValueError(f"expected {name} to be an integer >= 1, got {name}={value!r}")
+    tokenizer = tokenizer or posterior.model.tokenizer
+    given = {"test": test, "train": train, "validation": validation, "outside": outside}
+    data = {
+        role: as_batches(rows, tokenizer, batch_size=64, by_length=True)
+        for role, rows in given.items()
+        if rows is not None
+    }
+    if train is not None:
+        check_fitted_rows(posterior, data["train"])
+    findings = {"training": training(posterior), "structure": structure(posterior, seed=seed)}
+    missing = {}
+    for part in (
+        _evidence(posterior, data.get("train"), evidence_draws, seed),
+        _predictions(posterior, data, draws, bins, seed),
+        _reference(posterior, reference, data["test"], seed),
+    ):
+        findings |= {name: value for name, value in part.items() if not isinstance(value, str)}
+        missing |= {name: value for name, value in part.items() if isinstance(value, str)}
+    findings = Findings(**findings, missing=missing)
+    return Diagnosis(tuple(verdicts(findings)), findings)
+
+
+@dataclass(frozen=True, repr=False)
+class Diagnosis:
+    """What `diagnose` returns.
+
+    Args:
+        checks: the rows.
+        findings: the results they were made from.
+    """
+
+    checks: tuple[Check, ...]
+    findings: Findings
+
+    @property
+    def table(self) -> pd.DataFrame:
+        """A row per check; columns as in Check."""
+        return pd.DataFrame(self.checks, columns=Check._fields)
+
+    @property
+    def tally(self) -> dict[str, int]:
+        """How many checks have each verdict."""
+        words = [check.verdict for check in self.checks]
+        return {verdict: words.count(verdict) for verdict in VERDICTS}
+
+    def to_json(self) -> str:
+        """The rows as a JSON list; what is not a finite number is null."""
+        finite = lambda v: None if isinstance(v, float) and not np.isfinite(v) else v
+        rows = [{name: finite(value) for name, value in check._asdict().items()} for check in self.checks]
+        return json.dumps(rows, indent=2)
+
+    def __repr__(self) -> str:
+        lines, part = [], None
+        for check in self.checks:
+            if check.part != part:
+                part = check.part
+                lines.append(f"\n{part}" if lines else part)
+            value = "" if check.value is None else shown(check.value)
+            held = f" ({check.threshold})" if check.threshold and value else ""
+            lines.append(f"  [{check.verdict}] {check.check}{': ' if value else ''}{value}{held}")
+            words = f"{check.meaning} {check.advice}".strip() if check.verdict != "good" else check.meaning
+            lines += textwrap.wrap(words, 112, initial_indent="      ", subsequent_indent="      ")
+        tally = ", ".join(f"{count} {verdict}" for verdict, count in self.tally.items() if count)
+        return "\n".join([*lines, "", tally])
+
+
+def shown(value: float | str) -> str:
+    """A value as the printed table has it."""
+    return value if isinstance(value, str) else f"{value:.3g}"
+
+
+def _evidence(posterior: Posterior, train, draws: int, seed: int) -> dict:
+    if train is None:
+        return dict.fromkeys(("importance", "loo"), "no training rows were given: write train=")
+    if isinstance(posterior.guide, DrawsGuide):
+        reason = "stored draws have no density, and so no ELBO"
+        return {"importance": reason, "loo": psis_loo(posterior, train, draws, seed)}
+    reason = why_no_density(posterior)
+    if reason:
+        return dict.fromkeys(("importance", "loo"), reason)
+    pieces = importance(posterior, train, draws, seed)
+    return {"importance": pieces, "loo": pieces.loo}
+
+
+def _predictions(posterior: Posterior, data: Mapping, draws: int, bins: int, seed: int) -> dict:
+    names = ("prediction", "at_mean", "calibration", "selective", "sweep", "uncertainty", "temperature", "outside")
+    if not isinstance(posterior.model.likelihood, Categorical):
+        return dict.fromkeys(names, f"the likelihood {posterior.model.likelihood!r} does not predict classes")
+    how = {"draws": 1 if posterior.is_point else draws, "seed": seed}
+    prediction = predict(posterior, data["test"], **how)
+    parts = {"prediction": prediction, "uncertainty": decompose(prediction)}
+    if posterior.is_point:
+        parts["at_mean"] = "a point is its own mean"
+    elif isinstance(posterior.guide, EnsembleGuide | MixtureGuide):
+        parts["at_mean"] = "the mean of several modes is none of them"
+    else:
+        parts["at_mean"] = predict(posterior, data["test"], at="mean")
+    labels = prediction.labels
+    if labels is None:
+        parts |= dict.fromkeys(("calibration", "selective", "sweep"), "the test rows have no labels")
+    else:
+        parts["calibration"] = calibration(prediction.probs, labels, bins=bins, seed=seed)
+        parts["selective"] = risk_coverage(prediction.probs, labels)
+        parts["sweep"] = draws_sweep(prediction, seed=seed, bins=bins)
+    if "validation" not in data:
+        parts["temperature"] = "no validation rows were given: temperature scaling left out"
+    elif data["validation"].labels is None:
+        parts["temperature"] = "the validation rows have no labels: temperature scaling left out"
+    else:
+        log_probs = predict(posterior, data["validation"], **how).log_probs
+        parts["temperature"] = metrics.fit_temperature(log_probs, data["validation"].labels)
+    if "outside" not in data:
+        parts["outside"] = "no rows of another kind were given: write outside="
+    else:
+        parts["outside"] = out_of_distribution(prediction, predict(posterior, data["outside"], **how))
+    return parts
+
+
+def _reference(posterior: Posterior, reference: Posterior | None, test, seed: int) -> dict:
+    if reference is None:
+        return {"reference": "no reference posterior was given: write reference=lb.infer.nuts(...) where D allows"}
+    return {"reference": against_reference(posterior, reference, test, seed=seed)}

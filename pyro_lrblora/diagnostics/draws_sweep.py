@@ -1,0 +1,102 @@
+"""How many posterior draws does a prediction need?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import torch
+
+from .. import metrics
+from ..predictive import Prediction
+
+
+def draws_sweep(
+    prediction: Prediction, sizes: Sequence[int] | None = None, repeats: int = 20, seed: int = 0, bins: int = 15
+) -> DrawsSweep:
+    """Score predictions made of fewer of the same draws, with the Monte Carlo error that so few draws leave.
+
+    Args:
+        prediction: logits (S, N, C) with labels.
+        sizes: how many draws to average, each at most S; None is 1, 2, 4, 8, ... and S.
+        repeats: random subsets of each size, without replacement.
+        seed: of the subsets.
+        bins: of the ECE, equal width.
+
+    Raises:
+        ValueError: no labels, a size outside 1..S, fewer than 2 repeats.
+    """
+    draws = len(prediction.logits)
+    if sizes is None:
+        sizes = [2**k for k in range(draws.bit_length()) if 2**k < draws] + [draws]
+    if not sizes or min(sizes) < 1 or max(sizes) > draws or repeats < 2:
+        raise ValueError(f"expected sizes within 1..{draws} and repeats >= 2, got {list(sizes)} and repeats={repeats}")
+    labels = prediction.labels
+    whole = _scores(prediction.probs, labels, bins)
+    generator = np.random.default_rng(seed)
+    log_probs, table = prediction.logits.log_softmax(-1), {}
+    for size in sorted(set(sizes)):
+        if size == draws:
+            table[size] = whole | {f"{name} SE": np.nan for name in whole}
+            continue
+        subsets = [generator.permutation(draws)[:size] for _ in range(repeats)]
+        scores = pd.DataFrame(
+            [_scores(Prediction(log_probs[torch.as_tensor(rows)], None).probs, labels, bins) for rows in subsets]
+        )
+        # Subsets of one finite set of draws vary less than fresh draws would, by this share of the variance.
+        error = scores.std(ddof=1) / np.sqrt(1 - size / draws)
+        table[size] = scores.mean().to_dict() | error.add_suffix(" SE").to_dict()
+    frame = pd.DataFrame.from_dict(table, orient="index")
+    frame.index.name = "draws"
+    frame = frame[[column for name in whole for column in (name, f"{name} SE")]]
+    rows = -np.log(np.maximum(_of_label(prediction.probs, labels), 1e-30))
+    spread = rows.std(ddof=1) / np.sqrt(len(rows)) if len(rows) > 1 else np.inf
+    tolerance = float(min(0.01 * whole["NLL"], spread))
+    return DrawsSweep(frame, draws, whole["NLL"], tolerance, "one draw: nothing to average" if draws == 1 else "")
+
+
+@dataclass(frozen=True)
+class DrawsSweep:
+    """Scores by number of draws.
+
+    Args:
+        table: indexed by the number of draws: accuracy, NLL (nats), Brier, ECE, each the mean over subsets, and beside
+            it its Monte Carlo standard error, that of one prediction with so many fresh draws; NaN at all S.
+        draws: S.
+        full: NLL with all S, nats.
+        tolerance: the smaller of 1% of `full` and its standard error over test rows, nats.
+        note: what the numbers cannot say, and why.
+    """
+
+    table: pd.DataFrame
+    draws: int
+    full: float
+    tolerance: float
+    note: str = ""
+
+    @property
+    def enough(self) -> int | None:
+        """The first size below S whose NLL, one Monte Carlo standard error included, is within the tolerance of all S.
+
+        None where no size is: then S itself may be too few. A point needs its one draw.
+        """
+        if self.draws == 1:
+            return 1
+        distance = (self.table["NLL"] - self.full).abs() + self.table["NLL SE"]
+        fine = self.table.index[distance <= self.tolerance]
+        return int(fine[0]) if len(fine) else None
+
+
+def _scores(probs, labels, bins: int) -> dict[str, float]:
+    return {
+        "accuracy": metrics.accuracy(probs, labels),
+        "NLL": metrics.nll(probs, labels),
+        "Brier": metrics.brier(probs, labels),
+        "ECE": metrics.ece(probs, labels, bins),
+    }
+
+
+def _of_label(probs, labels) -> np.ndarray:
+    return np.asarray(probs, dtype=float)[np.arange(len(labels)), np.asarray(labels)]

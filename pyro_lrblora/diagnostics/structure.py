@@ -1,0 +1,275 @@
+"""What the posterior's covariance looks like: its spectrum, its modules, and how they hang together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from ..adapters.targets import base_weight
+from ..guides import LatentGuide
+from ..guides.draws import DrawsGuide
+from ..infer.elbo import is_normal
+from ..infer.start import prior_sites
+from ..posterior import Posterior, local_parameters
+from ..priors import prior_variance
+
+_DENSE = 2048  # latents, up to which the covariance is decomposed whole
+_BLOCK = 512  # latents of a module, up to which its block is written out
+_UPDATES = 100  # draws of W - W0, whose inner products take the square of it
+
+
+@local_parameters
+@torch.no_grad()
+def structure(posterior: Posterior, draws: int = 500, seed: int = 0) -> Structure:
+    """Spectrum of the covariance of the latents and of W - W0, and contraction, KL and correlation of the modules.
+
+    In closed form where the posterior's covariance has one (the spectrum up to D = 2048), else from S draws through
+    their S x S inner products; nothing is ever D x D above that. From draws, traces of squares are corrected for their
+    number (Bai & Saranadasa 1996), eigenvalues are not: they spread, as those of any sample covariance do.
+
+    Args:
+        posterior: any; of a point all variances are zero.
+        draws: S, at least 8, of stored ones at most all.
+        seed: of the draws.
+
+    Raises:
+        ValueError: fewer than 8 draws.
+    """
+    if isinstance(posterior.guide, DrawsGuide):
+        draws = min(draws, posterior.guide.total)
+    if draws < 8:
+        raise ValueError(f"expected draws >= 8, got {draws}")
+    model, notes = posterior.model, []
+    samples = {name: value.cpu() for name, value in posterior.sample(draws, seed=seed).items()}
+    latents = model.sites.join(samples).double()
+    prior = model.sites.join(prior_variance(model.sample_prior, model.sites.shapes)).double().cpu()
+    covariance = _covariance(posterior)
+    exact = covariance is not None
+    if not exact:
+        notes.append(f"no covariance in closed form: all of it is from {draws} draws")
+    elif latents.shape[1] > _DENSE:
+        notes.append(f"D = {latents.shape[1]:,} is above {_DENSE:,}: the spectrum is from {draws} draws")
+    whole = exact and latents.shape[1] <= _DENSE
+    dense = covariance.dense().double().cpu() if whole else None
+    centred = latents - latents.mean(0)
+    spectrum = lambda scale: (
+        _eigenvalues(dense / torch.outer(scale, scale)) if whole else _from_draws(centred / scale)[: len(scale)]
+    )
+    eigenvalues, one = spectrum(torch.ones_like(prior)), prior.sqrt()
+    gram, sizes = _update_products(model, samples)
+    mean = model.sites.join(posterior.mean()).double().cpu()
+    blocks = _blocks(model, covariance, centred)
+    kl, dependence, table = _modules(posterior, blocks, prior, mean, None if exact else draws, notes)
+    table["W - W0: sd of an entry"] = {
+        name: float(_centred(gram[name]).diagonal().sum() / (len(gram[name]) - 1) / sizes[name][0]) ** 0.5
+        for name in gram
+    }
+    # Different draws' products estimate the squared norm of the mean without the variance that equal ones add.
+    table["mean W - W0 / W0"] = {
+        name: max(0.0, float(each.sum() - each.diagonal().sum()) / (len(each) * (len(each) - 1))) ** 0.5
+        / sizes[name][1]
+        for name, each in gram.items()
+    }
+    variance = float(covariance.variance.double().sum()) if exact else float(centred.square().sum() / (draws - 1))
+    induced = _eigenvalues(_centred(sum(gram.values())) / (len(next(iter(gram.values()))) - 1))
+    return Structure(
+        eigenvalues=eigenvalues.numpy(),
+        whitened=spectrum(one).numpy(),
+        induced=induced[: min(len(prior), len(induced) - 1)].numpy(),
+        variance=variance,
+        effective_rank=_effective_rank(eigenvalues, None if whole else draws),
+        modules=table,
+        correlation=_correlation(model, dense, centred),
+        kl=kl,
+        dependence=dependence,
+        exact=whole,
+        draws=draws,
+        note="; ".join(notes),
+    )
+
+
+@dataclass(frozen=True)
+class Structure:
+    """The covariance of D latents in L modules.
+
+    Args:
+        eigenvalues: (M,) of the covariance of the latents, descending; all D, or those that S draws show.
+        whitened: (M,) of the covariance in units of the prior's standard deviations: 1 has learned nothing.
+        induced: eigenvalues of the covariance of all W - W0 together, from at most 100 draws.
+        variance: the trace of the covariance.
+        effective_rank: participation ratio tr(C)^2 / tr(C^2): D where all eigenvalues are equal; NaN without variance.
+        modules: a row per module: latents; prior sd and posterior sd, root mean squares; contraction, 1 - trace over
+            the prior's; effective parameters, the sum over latents of 1 - variance / prior variance (MacKay 1992,
+            doi 10.1162/neco.1992.4.3.415); effective rank of its block; KL of its marginal to the prior, nats; sd of an
+            entry of W - W0; norm of the mean W - W0 over that of W0.
+        correlation: (L, L) RV coefficients between modules, 0 to 1 (Robert & Escoufier 1976); from draws debiased (Song
+            et al. 2012).
+        kl: of all latents to the prior, nats; NaN where there is no closed form.
+        dependence: kl minus the sum over modules, nats: what the modules know of each other.
+        exact: whether the spectrum is in closed form.
+        draws: S.
+        note: what is from draws or missing, and why.
+    """
+
+    eigenvalues: np.ndarray
+    whitened: np.ndarray
+    induced: np.ndarray
+    variance: float
+    effective_rank: float
+    modules: pd.DataFrame
+    correlation: pd.DataFrame
+    kl: float
+    dependence: float
+    exact: bool
+    draws: int
+    note: str = ""
+
+    def share(self, top: int) -> float:
+        """Share of the variance in the first eigenvalues; NaN without variance."""
+        return float(self.eigenvalues[:top].sum() / self.variance) if self.variance > 0 else float("nan")
+
+
+def _covariance(posterior: Posterior):
+    """In closed form, or None. Stored draws have that of a sample only."""
+    if isinstance(posterior.guide, DrawsGuide):
+        return None
+    try:
+        return posterior.covariance()
+    except TypeError:
+        return None
+
+
+def _eigenvalues(matrix: Tensor) -> Tensor:
+    return torch.linalg.eigvalsh(matrix).flip(0).clamp(min=0)
+
+
+def _from_draws(centred: Tensor) -> Tensor:
+    """The S - 1 eigenvalues that centred draws (S, D) show."""
+    return _eigenvalues(centred @ centred.T / (len(centred) - 1))[:-1]
+
+
+def _effective_rank(eigenvalues: Tensor, draws: int | None) -> float:
+    """tr(C)^2 / tr(C^2), of eigenvalues, or of a sample's with the bias of its S draws taken out."""
+    trace, square = eigenvalues.sum(), eigenvalues.square().sum()
+    if trace <= 0:
+        return float("nan")
+    if draws is not None:
+        n = draws - 1
+        square = n**2 / ((n - 1) * (n + 2)) * (square - trace**2 / n)
+        trace = (trace**2 - 2 * square / n).clamp(min=0).sqrt()
+    return float(trace**2 / square.clamp(min=1e-300))
+
+
+def _centred(gram: Tensor) -> Tensor:
+    return gram - gram.mean(0) - gram.mean(1, keepdim=True) + gram.mean()
+
+
+def _update_products(model, samples) -> tuple[dict[str, Tensor], dict[str, tuple[int, float]]]:
+    """Inner products (S, S) of draws of W - W0 by module, and the entries and norm of W0."""
+    drawn = {name: samples[name][:_UPDATES] for name in model.sites.shapes}
+    gram, sizes = {}, {}
+    for name, latent in model.adapted.per_module(drawn).items():
+        left, right = model.adapted.low_rank_factors(name, latent)
+        left, right = (each.double().cpu().expand(len(latent[0]), *each.shape[-2:]) for each in (left, right))
+        # tr(R_s' L_s' L_t R_t): r x r for every pair, never m x n.
+        inner = torch.einsum("smr,tmq->strq", left, left), torch.einsum("srn,tqn->strq", right, right)
+        gram[name] = (inner[0] * inner[1]).sum((-2, -1))
+        weight = base_weight(model.modules[name])
+        sizes[name] = weight.numel(), float(weight.float().norm())
+    return gram, sizes
+
+
+def _places(model) -> dict[str, Tensor]:
+    """Where each module's latents are in the flat vector."""
+    owners = [module for site in model.sites.shapes for module in model.adapted.members[site]]
+    places: dict[str, list[Tensor]] = {}
+    for owner, where in zip(owners, model.sites.modules(), strict=True):
+        places.setdefault(owner, []).append(torch.arange(where.start, where.stop))
+    return {name: torch.cat(parts) for name, parts in places.items()}
+
+
+def _blocks(model, covariance, centred: Tensor) -> dict[str, tuple[Tensor, Tensor | None, Tensor]]:
+    """By module: where, the covariance block (None where too large), the variances."""
+    blocks = {}
+    for name, where in _places(model).items():
+        block = None
+        if covariance is None:
+            own = centred[:, where]
+            variance = own.square().sum(0) / (len(own) - 1)
+            if len(where) <= _BLOCK:
+                block = own.T @ own / (len(own) - 1)
+        else:
+            variance = covariance.variance.double().cpu()[where]
+            if len(where) <= _BLOCK:
+                units = torch.zeros(len(where), centred.shape[1]).to(covariance.variance)
+                units[torch.arange(len(where)), where] = 1
+                block = covariance.times(units).cpu()[:, where].double()
+        blocks[name] = where, block, variance
+    return blocks
+
+
+def _modules(posterior, blocks, prior, mean, drawn: int | None, notes: list[str]) -> tuple[float, float, pd.DataFrame]:
+    """KL of all latents, what it exceeds the modules' by, and the table of the modules."""
+    sites, _ = prior_sites(posterior.model)
+    normal = drawn is None and not posterior.is_point and all(is_normal(fn) for fn in sites.values())
+    if not normal:
+        notes.append("no KL: it takes a Gaussian guide and a Normal prior")
+    centre = (
+        posterior.model.sites.join({name: fn.mean for name, fn in sites.items()}).double().cpu() if normal else None
+    )
+    rows = {}
+    for name, (where, block, variance) in blocks.items():
+        own, kl = prior[where], float("nan")
+        if normal and block is not None:
+            ratio = block / own.sqrt().outer(own.sqrt())
+            off = (mean[where] - centre[where]).square() / own
+            kl = float((ratio.diagonal() + off - 1).sum() - torch.linalg.slogdet(ratio)[1]) / 2
+        rows[name] = {
+            "latents": len(where),
+            "prior sd": float(own.mean()) ** 0.5,
+            "posterior sd": float(variance.mean()) ** 0.5,
+            "contraction": float(1 - variance.sum() / own.sum()),
+            "effective parameters": float((1 - variance / own).sum()),
+            "effective rank": float("nan") if block is None else _effective_rank(_eigenvalues(block), drawn),
+            "KL (nats)": kl,
+        }
+    table = pd.DataFrame.from_dict(rows, orient="index").rename_axis("module")
+    if not (normal and isinstance(posterior.guide, LatentGuide)):
+        return float("nan"), float("nan"), table
+    variance = posterior.covariance().variance.double().cpu()
+    cross = 0.5 * (torch.log(2 * torch.pi * prior) + (variance + (mean - centre).square()) / prior).sum()
+    joint = float(cross) - float(posterior.guide.distribution().entropy())
+    return joint, joint - float(table["KL (nats)"].sum(skipna=False)), table
+
+
+def _correlation(model, dense: Tensor | None, centred: Tensor) -> pd.DataFrame:
+    places = _places(model)
+    if dense is not None:
+        squares = torch.stack(
+            [torch.stack([dense[a][:, b].square().sum() for b in places.values()]) for a in places.values()]
+        )
+    else:
+        squares = _unbiased_products([centred[:, where] for where in places.values()])
+    own = squares.diagonal().clamp(min=0).sqrt()
+    values = (squares / own.outer(own).clamp(min=1e-300)).clamp(0, 1)
+    return pd.DataFrame(values.numpy(), index=list(places), columns=list(places))
+
+
+def _unbiased_products(parts: list[Tensor]) -> Tensor:
+    """Unbiased estimates of |C_ab|_F^2 for all pairs of modules (the linear HSIC of Song et al. 2012, equation 5)."""
+    rows = min(len(parts[0]), max(8, int((4e7 / len(parts)) ** 0.5)))
+    flat = []
+    for part in parts:
+        gram = part[:rows] @ part[:rows].T
+        gram.fill_diagonal_(0)
+        # U-centring: inner products of such matrices over n (n - 3) are unbiased (Szekely & Rizzo 2014).
+        sums = gram.sum(0)
+        gram = gram - (sums[:, None] + sums[None, :]) / (rows - 2) + sums.sum() / ((rows - 1) * (rows - 2))
+        gram.fill_diagonal_(0)
+        flat.append(gram.flatten())
+    flat = torch.stack(flat)
+    return flat @ flat.T / (rows * (rows - 3))

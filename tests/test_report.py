@@ -1,0 +1,125 @@
+"""diagnose and report: the numbers are those of the functions, faults are caught, and what is missing is said."""
+
+import json
+import math
+
+import pytest
+import torch
+from browser import browser
+from conftest import LinearGaussian, tiny_bert, tiny_reviews, tiny_tokenizer
+from test_evidence import exact, posterior_at
+
+import pyro_lrblora as lb
+from pyro_lrblora.diagnostics import calibration, structure
+from pyro_lrblora.evidence import importance
+from pyro_lrblora.report.document import shown
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture(scope="module")
+def fitted():
+    """Data by role, a posterior and a point."""
+    torch.manual_seed(0)
+    roles = ("train", "test", "validation", "outside")
+    data = {role: tiny_reviews(40 + 10 * number, seed=number) for number, role in enumerate(roles)}
+    model = lb.BayesianLoRA(tiny_bert(), lb.LoRAXS(2), lb.priors.Normal(0.5), tokenizer=tiny_tokenizer())
+    posterior = lb.fit(model, data["train"], epochs=5, progress=False)
+    return data, posterior, lb.fit(model, data["train"], guide=lb.guides.Delta(), epochs=5, progress=False)
+
+
+def row(diagnosis, check):
+    return next(each for each in diagnosis.checks if each.check.startswith(check))
+
+
+def test_the_rows_are_what_the_functions_return(fitted):
+    data, posterior, _ = fitted
+    found = lb.diagnose(posterior, **data)
+    prediction = lb.predict(posterior, data["test"], draws=32)
+    errors = calibration(prediction.probs, prediction.labels).errors
+    assert row(found, "ECE").value == pytest.approx(errors.loc["width", "value"])
+    pieces = importance(posterior, data["train"], 100)
+    assert row(found, "ELBO per row").value == pytest.approx(pieces.elbo.value / 40)
+    assert row(found, "joint k-hat").value == pytest.approx(pieces.k_hat)
+    at_mean = lb.predict(posterior, data["test"], at="mean")
+    nll = [lb.metrics.nll(each.probs, each.labels) for each in (prediction, at_mean)]
+    assert row(found, "NLL - NLL").value == pytest.approx(nll[0] - nll[1], abs=1e-6)
+    unchecked = [check.check for check in found.checks if check.verdict == "not checked"]
+    assert "against a reference posterior" in unchecked
+    assert len(json.loads(found.to_json())) == len(found.table) == len(found.checks)
+    assert all(f"[{check.verdict}] {check.check}" in repr(found) for check in found.checks)
+
+
+@pytest.mark.parametrize(("factor", "word"), [(0.25, "bad"), (1.0, "good"), (4.0, "bad")])
+def test_a_posterior_of_the_wrong_width_is_caught_by_the_reference_and_by_the_weights(factor, word):
+    problem = LinearGaussian(rank=2)
+    other = posterior_at(problem, problem.mean, factor * problem.precision.inverse())
+    found = lb.diagnose(other, [problem.batch], train=[problem.batch], reference=exact(problem), evidence_draws=400)
+    assert row(found, "log sd ratio").value == pytest.approx(math.log(factor) / 2, abs=0.06)
+    assert row(found, "log sd ratio").verdict == word
+    assert (row(found, "joint k-hat").verdict == "good") == (factor == 1.0)
+    assert row(found, "calibration").verdict == "not checked"  # its labels are not classes
+
+
+def test_what_is_missing_is_said_and_nothing_crashes(fitted):
+    data, posterior, point = fitted
+    bare = data["test"].remove_columns("label")
+    for one in (posterior, point):
+        found = lb.diagnose(one, bare)
+        assert row(found, "PSIS-LOO").meaning.startswith("No training rows")
+        assert row(found, "calibration").meaning == "The test rows have no labels."
+        assert row(found, "temperature").verdict == "not checked"
+    assert row(lb.diagnose(point, **data), "ELBO").meaning == "A point has no density."
+    one_class = data["test"].map(lambda _: {"label": 1})
+    assert "one class only" in row(lb.diagnose(posterior, one_class), "NLL").meaning
+    assert lb.diagnose(posterior, data["test"].select([0])).tally["not checked"] > 0
+
+
+def test_bad_arguments_are_refused_before_any_prediction(fitted, monkeypatch, tmp_path):
+    data, posterior, _ = fitted
+    monkeypatch.setattr(posterior.model, "outputs", lambda *_: pytest.fail("the network ran"))
+    with pytest.raises(ValueError, match="expected the N=40 rows"):
+        lb.diagnose(posterior, data["test"], train=data["test"])
+    with pytest.raises(ValueError, match="expected draws"):
+        lb.diagnose(posterior, data["test"], draws=0)
+    with pytest.raises(ValueError, match="ending in .html or .md"):
+        lb.report({"a": posterior}, data["test"], tmp_path / "report.pdf")
+    with pytest.raises(ValueError, match="at least one posterior"):
+        lb.report({}, data["test"], tmp_path / "report.html")
+
+
+def test_the_report_holds_the_numbers_of_the_functions(fitted, tmp_path):
+    data, posterior, point = fitted
+    found = lb.report({"low rank": posterior, "point": point}, path=tmp_path / "report.html", **data)
+    page = found.path.read_text()
+    assert len(page) < 5_000_000
+    for check in found.diagnosis.checks:
+        assert check.value is None or shown(check.value) in page
+    for value in found.comparison["NLL"]:
+        assert shown(float(value)) in page
+    for value in structure(posterior).modules["contraction"]:
+        assert shown(float(value)) in page
+    assert data["test"]["text"][int(found.document.sections[6].blocks[-2].frame.index[0])] in page
+    lb.report({"point": point}, data["test"].remove_columns("label"), tmp_path / "point.md")
+    words = (tmp_path / "point.md").read_text()
+    assert "The test rows have no labels" in words
+    assert "not checked" in words
+
+
+def test_the_report_in_a_browser(fitted, tmp_path):
+    data, posterior, point = fitted
+    found = lb.report({"low rank": posterior, "point": point}, path=tmp_path / "report.html", **data)
+    with browser() as driver:
+        driver.get(found.path.as_uri())
+        assert not [entry for entry in driver.get_log("browser") if entry["level"] == "SEVERE"]
+        pictures = (
+            "return [...document.querySelectorAll('svg[role=img], img')].map(x => x.getBoundingClientRect().width)"
+        )
+        widths = driver.execute_script(pictures)
+        assert len(widths) >= 8
+        assert min(widths) > 50
+        targets = driver.execute_script(
+            "return [...document.querySelectorAll('nav a')].map(a => !!document.querySelector(a.getAttribute('href')))"
+        )
+        assert len(targets) >= 8
+        assert all(targets)

@@ -1,0 +1,108 @@
+"""The structure of a posterior against dense matrices, exact posteriors and closed forms."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import LinearGaussian, tiny_bert, token_batches
+from test_evidence import exact
+from torch.distributions import MultivariateNormal, kl_divergence
+
+import pyro_lrblora as lb
+from pyro_lrblora.diagnostics.structure import _effective_rank, _from_draws, structure
+from pyro_lrblora.guides.draws import Draws, DrawsGuide
+
+
+@pytest.fixture(scope="module")
+def problem():
+    return LinearGaussian(rank=3, modules=2)
+
+
+def drawn_exactly(problem, draws=4000):
+    """Stored draws of the exact posterior, as a converged chain leaves them."""
+    torch.manual_seed(5)
+    draws_ = MultivariateNormal(problem.mean, precision_matrix=problem.precision).sample((1, draws)).float()
+    guide = DrawsGuide(problem.model.sites.split(draws_))
+    return lb.Posterior(problem.model, guide, Draws(1, draws))
+
+
+def test_the_spectrum_is_that_of_the_exact_covariance(problem):
+    found, covariance = structure(exact(problem)), problem.precision.inverse()
+    values = torch.linalg.eigvalsh(covariance).flip(0)
+    assert found.exact
+    np.testing.assert_allclose(found.eigenvalues, values, rtol=1e-3)
+    np.testing.assert_allclose(found.whitened, values / 0.7**2, rtol=1e-3)
+    assert found.effective_rank == pytest.approx(float(values.sum() ** 2 / values.square().sum()), rel=1e-3)
+    assert found.share(2) == pytest.approx(float(values[:2].sum() / values.sum()), rel=1e-3)
+
+
+def test_kl_per_module_and_in_all_are_those_of_the_marginals(problem):
+    found, covariance = structure(exact(problem)), problem.precision.inverse()
+    kl = lambda rows: float(
+        kl_divergence(
+            MultivariateNormal(problem.mean[rows], covariance[rows, rows]),
+            MultivariateNormal(torch.zeros(9 if rows.stop else 18).double(), 0.49 * torch.eye(9 if rows.stop else 18)),
+        )
+    )
+    first, second, joint = kl(slice(0, 9)), kl(slice(9, 18)), kl(slice(0, None))
+    np.testing.assert_allclose(found.modules["KL (nats)"], [first, second], rtol=1e-3)
+    assert found.kl == pytest.approx(joint, rel=1e-3)
+    assert found.dependence == pytest.approx(joint - first - second, rel=1e-2)
+
+
+def test_modules_are_measured_against_the_prior_and_each_other(problem):
+    found, covariance = structure(exact(problem)), problem.precision.inverse()
+    blocks = [covariance[i : i + 9, j : j + 9] for i in (0, 9) for j in (0, 9)]
+    trace = torch.stack([blocks[0].trace(), blocks[3].trace()])
+    np.testing.assert_allclose(found.modules["contraction"], 1 - trace / (9 * 0.49), rtol=1e-4)
+    np.testing.assert_allclose(found.modules["effective parameters"], 9 - trace / 0.49, rtol=1e-4)
+    rv = blocks[1].square().sum() / (blocks[0].norm() * blocks[3].norm())
+    assert found.correlation.iloc[0, 1] == pytest.approx(float(rv), rel=1e-2)
+
+
+def test_stored_draws_find_what_the_closed_form_says(problem):
+    truth, found = structure(exact(problem)), structure(drawn_exactly(problem), draws=1000)
+    assert not found.exact
+    assert "1000 draws" in found.note
+    assert found.effective_rank == pytest.approx(truth.effective_rank, rel=0.1)
+    assert found.variance == pytest.approx(truth.variance, rel=0.1)
+    np.testing.assert_allclose(found.modules["contraction"], truth.modules["contraction"], atol=0.02)
+    assert found.correlation.iloc[0, 1] == pytest.approx(truth.correlation.iloc[0, 1], abs=0.03)
+
+
+def test_the_update_s_spectrum_is_that_of_w(problem):
+    """A and B are orthonormal: the eigenvalues are those of R, here from draws."""
+    truth, found = structure(exact(problem)), structure(drawn_exactly(problem))
+    assert found.induced.sum() == pytest.approx(truth.variance, rel=0.3)
+    assert len(found.induced) == 18
+
+
+def test_few_draws_of_many_dimensions_do_not_lower_the_effective_rank():
+    values = _from_draws((x := torch.randn(100, 300).double()) - x.mean(0))
+    assert _effective_rank(values, 100) == pytest.approx(300, rel=0.1)
+    assert _effective_rank(values, None) < 100
+
+
+def test_a_point_has_no_variance_and_two_sites_per_module_work():
+    model = lb.BayesianLoRA(tiny_bert(), lb.LoRA(2))
+    point = lb.fit(model, token_batches(16), guide=lb.guides.Delta(), epochs=2, progress=False)
+    found = structure(point)
+    assert found.variance == 0
+    assert np.isnan(found.effective_rank)
+    assert (found.modules["contraction"] == 1).all()
+    latents = model.adapted.per_module(point.mean())
+    for name, latent in latents.items():
+        left, right = model.adapted.low_rank_factors(name, latent)
+        relative = float((left @ right).norm() / model.modules[name].weight.norm())
+        assert found.modules.loc[name, "mean W - W0 / W0"] == pytest.approx(relative, rel=1e-3, abs=1e-6)
+
+
+def test_fifteen_thousand_latents_without_a_square_of_them(monkeypatch):
+    network = torch.nn.Sequential(*(torch.nn.Linear(16, 16, bias=False) for _ in range(60)))
+    model = lb.BayesianLoRA(network, lb.LoRAXS(16, lb.projections.Random(), targets="all-linear"), size=10)
+    guide = lb.guides.LowRank(4)
+    posterior = lb.Posterior(model, guide(model), guide)
+    monkeypatch.setattr(lb.distributions.CovarianceFactors, "dense", lambda self: pytest.fail("D x D"))
+    found = structure(posterior, draws=200)
+    assert model.sites.size == 15_360
+    assert "above 2,048" in found.note
+    assert len(found.modules) == 60
