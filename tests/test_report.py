@@ -57,7 +57,9 @@ def test_a_posterior_of_the_wrong_width_is_caught_by_the_reference_and_by_the_we
     found = lb.diagnose(other, [problem.batch], train=[problem.batch], reference=exact(problem), evidence_draws=400)
     assert row(found, "log sd ratio").value == pytest.approx(math.log(factor) / 2, abs=0.06)
     assert row(found, "log sd ratio").verdict == word
-    assert (row(found, "joint k-hat").verdict == "good") == (factor == 1.0)
+    # Weights of a posterior that is too wide are bounded: there the bounds tell, not the tail.
+    weights = [row(found, check).verdict for check in ("joint k-hat", "IWAE - ELBO")]
+    assert (weights == ["good", "good"]) == (factor == 1.0)
     assert row(found, "calibration").verdict == "not checked"  # its labels are not classes
 
 
