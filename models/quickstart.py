@@ -60,7 +60,7 @@ def main() -> None:
     outside = topics()
     report = lb.report(
         shown, test, args.out / "report.html", train=train, validation=validation, outside=outside, draws=args.draws,
-        evidence_draws=30, title="Five fits of MiniLM on short reviews",
+        evidence_draws=50, title="Five fits of MiniLM on short reviews",
     )  # fmt: skip
     table = report.comparison
     predictions = {

@@ -92,7 +92,7 @@ def _loo(f: Findings):
     if not np.isfinite(share):
         yield _unknown("rows with a high k-hat", f.loo.note or "one draw")
     else:
-        verdict = "good" if share <= MANY_ROWS else "warning" if share <= 0.5 else "bad"
+        verdict = "good" if share <= MANY_ROWS else "warning"
         yield (
             "rows with a high k-hat", share, f"≤ {MANY_ROWS:g}", verdict,
             f"Share of the {rows} fitted rows whose leave-one-out weights have a tail above {f.loo.threshold:.2f}.",
