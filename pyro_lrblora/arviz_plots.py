@@ -209,7 +209,7 @@ def compare(posteriors: Mapping[str, Posterior], train, draws: int | None = None
         raise ValueError(f"expected two or more posteriors to compare, got {len(posteriors)}")
     for posterior in posteriors.values():
         check_fitted_rows(posterior, as_batches(train, posterior.model.tokenizer, batch_size=64, by_length=True))
-    loos = {name: _loo(posterior, train, draws, seed) for name, posterior in posteriors.items()}
+    loos = {name: psis_loo(posterior, train, draws or 200, seed) for name, posterior in posteriors.items()}
     table = {name: elpd_data(loo.elpd.numpy(), loo.k_hat.numpy()) for name, loo in loos.items()}
     height = 1.0 + 0.35 * len(posteriors)
     if arviz_1():
@@ -299,16 +299,6 @@ def latent_names(model) -> list[str]:
             lines = "\n".join(wrap(module.replace(".", ". "), 24)).replace(". ", ".")
             names += [f"{site}[{row}, {column}]\n{lines}" for row in range(rows) for column in range(columns)]
     return names
-
-
-def _loo(posterior: Posterior, train, draws: int | None, seed: int) -> LOO:
-    if not isinstance(posterior.guide, DrawsGuide):
-        return psis_loo(posterior, train, draws or 200, seed)
-    data = to_arviz(posterior, train, draws, seed)
-    log_likelihood = data["log_likelihood"]["labels"].values
-    log_likelihood = log_likelihood.reshape(-1, log_likelihood.shape[-1]).T.astype(float)  # (N, S)
-    smoothed, k = psis(-log_likelihood)
-    return LOO(torch.as_tensor(np.logaddexp.reduce(smoothed + log_likelihood, axis=1)), torch.as_tensor(k))
 
 
 def _figure(plot, size: float):
