@@ -1,9 +1,8 @@
 """Normal distributions over the flat latent vector whose covariance, or precision, is diagonal plus low rank.
 
-Both keep one QR factorisation of the whitened factor stacked on the identity, M = [Z; I] = [Q1; Q2] T. It has
-full column rank whatever the factor is, so it is smooth at Z = 0, and it never squares the condition number: the
-determinant and the quadratic form stay right in float32 where the Woodbury identity loses hundreds of nats
-(pytorch#75173).
+Both keep the triangular factor T of the whitened factor Z, T'T = I + Z'Z. The Gram matrix squares the condition number
+of Z, so it and T are float64; what has length D is float32, and right to within a nat where the Woodbury identity loses
+hundreds (pytorch#75173).
 """
 
 from __future__ import annotations
@@ -14,15 +13,60 @@ from functools import cached_property
 import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.distributions import Independent, Normal, constraints, register_kl
 
 from .covariance import CovarianceFactors
 
 _LOG_2PI = math.log(2 * math.pi)
+_BLOCK = 2**14  # rows of Z that are float64 at a time: a copy of all of it would not fit into the cache
+
+
+class _Triangle(torch.autograd.Function):
+    """The upper triangular T (..., K, K), float64, with positive diagonal and T'T = I + Z'Z, from Z (..., D, K).
+
+    Its own backward: a gradient through T reaches Z through the K x K Gram matrix alone, so that it costs one product
+    Z @ (K, K). (Murray 2016, arXiv 1602.07527, equation 10, for the Cholesky factor.)
+    """
+
+    @staticmethod
+    def forward(ctx, z: Tensor) -> Tensor:
+        gram = torch.eye(z.shape[-1], dtype=torch.float64, device=z.device)
+        for block in z.split(_BLOCK, dim=-2):
+            block = block.double()
+            gram = gram + block.mT @ block
+        t = torch.linalg.cholesky(gram).mT
+        ctx.save_for_backward(z, t)
+        return t
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        z, t = ctx.saved_tensors
+        lower = (t @ gradient.mT).tril()
+        lower.diagonal(dim1=-2, dim2=-1).mul_(0.5)
+        half = torch.linalg.solve_triangular(t, lower, upper=True)
+        half = torch.linalg.solve_triangular(t.mT, half, upper=False, left=False)
+        return z @ (half + half.mT).to(z.dtype)
+
+
+class _Product(torch.autograd.Function):
+    """Z (..., D, K) times a float64 matrix (..., K, K), rounded once: columns that nearly cancel keep their digits."""
+
+    @staticmethod
+    def forward(ctx, z: Tensor, matrix: Tensor) -> Tensor:
+        ctx.save_for_backward(z, matrix)
+        return torch.cat([(block.double() @ matrix).to(z.dtype) for block in z.split(_BLOCK, dim=-2)], dim=-2)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        z, matrix = ctx.saved_tensors
+        return gradient @ matrix.mT.to(z.dtype), (z.mT @ gradient).to(matrix.dtype)
 
 
 class _DiagonalPlusLowRank(TorchDistribution):
-    """What the covariance and the precision form share: parameters, shapes and the QR of the whitened factor."""
+    """What the covariance and the precision form share: parameters, shapes and the whitened factor."""
 
     support = constraints.real_vector
     has_rsample = True
@@ -40,20 +84,34 @@ class _DiagonalPlusLowRank(TorchDistribution):
         # The parameters stay as they are and broadcast: a draw per row costs no copy of the factor.
         new = self._get_checked_instance(type(self), _instance)
         new.loc, new._factor, new._diagonal = self.loc, self._factor, self._diagonal
-        if "_qr" in self.__dict__:
-            new._qr = self._qr
+        for name in ("_whitened", "_triangle", "_basis"):
+            if name in self.__dict__:
+                setattr(new, name, getattr(self, name))
         TorchDistribution.__init__(new, torch.Size(batch_shape), self.event_shape, validate_args=False)
         new._validate_args = self._validate_args
         return new
 
     @cached_property
-    def _qr(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Q1 (..., D, K), Q2 (..., K, K) and log det(I + Z'Z) / 2 of [Z; I] = [Q1; Q2] T."""
-        whitened = self._factor / self._diagonal.sqrt().unsqueeze(-1)
-        dim, rank = whitened.shape[-2:]
-        eye = torch.eye(rank, dtype=whitened.dtype, device=whitened.device).expand(*whitened.shape[:-2], -1, -1)
-        q, t = torch.linalg.qr(torch.cat([whitened, eye], dim=-2))
-        return q[..., :dim, :], q[..., dim:, :], t.diagonal(dim1=-2, dim2=-1).abs().log().sum(-1)
+    def _whitened(self) -> Tensor:
+        """Z (..., D, K): the factor in units of the diagonal."""
+        return self._factor / self._diagonal.sqrt().unsqueeze(-1)
+
+    @cached_property
+    def _triangle(self) -> Tensor:
+        """T (..., K, K), T'T = I + Z'Z."""
+        return _Triangle.apply(self._whitened)
+
+    @property
+    def _log_det_triangle(self) -> Tensor:
+        """log det(I + Z'Z) / 2, shape (...)."""
+        return self._triangle.diagonal(dim1=-2, dim2=-1).log().sum(-1).to(self.loc.dtype)
+
+    @cached_property
+    def _basis(self) -> tuple[Tensor, Tensor]:
+        """Q1 = Z T^-1 (..., D, K) and Q2 = T^-1 (..., K, K): [Q1; Q2] has orthonormal columns, those of [Z; I]."""
+        eye = torch.eye(self._factor.shape[-1]).to(self._triangle)
+        q2 = torch.linalg.solve_triangular(self._triangle, eye, upper=True)
+        return _Product.apply(self._whitened, q2), q2.to(self.loc.dtype)
 
     @property
     def mean(self) -> Tensor:
@@ -114,11 +172,11 @@ class LowRankNormal(_DiagonalPlusLowRank):
 
     @property
     def _half_log_det(self) -> Tensor:
-        return 0.5 * self._diagonal.log().sum(-1) + self._qr[2]
+        return 0.5 * self._diagonal.log().sum(-1) + self._log_det_triangle
 
     def _mahalanobis(self, difference: Tensor) -> Tensor:
         # min_a |y - Z a|^2 + |a|^2 over the augmented columns: the residual is formed, not subtracted as a norm.
-        q1, q2, _ = self._qr
+        q1, q2 = self._basis
         y = difference / self._diagonal.sqrt()
         along = torch.einsum("...dk,...d->...k", q1, y)
         residual = y - torch.einsum("...dk,...k->...d", q1, along)
@@ -160,21 +218,21 @@ class LowRankPrecisionNormal(_DiagonalPlusLowRank):
 
     @property
     def _half_log_det(self) -> Tensor:
-        return -0.5 * self._diagonal.log().sum(-1) - self._qr[2]
+        return -0.5 * self._diagonal.log().sum(-1) - self._log_det_triangle
 
     def _mahalanobis(self, difference: Tensor) -> Tensor:
         along = torch.einsum("...dk,...d->...k", self._factor, difference)
         return (self._diagonal * difference.square()).sum(-1) + along.square().sum(-1)
 
     def rsample(self, sample_shape=torch.Size()) -> Tensor:
-        q1, q2, _ = self._qr
         wide, low = self._normals(sample_shape)
+        q1, q2 = self._basis
         along = torch.einsum("...dk,...d->...k", q1, wide) + torch.einsum("...jk,...j->...k", q2, low)
         return self.loc + (wide - torch.einsum("...dk,...k->...d", q1, along)) / self._diagonal.sqrt()
 
     def covariance(self) -> CovarianceFactors:
         """The diagonal (D,) and factor (D, K) whose difference is the covariance."""
-        return CovarianceFactors(1 / self._diagonal, self._qr[0] / self._diagonal.sqrt().unsqueeze(-1), -1)
+        return CovarianceFactors(1 / self._diagonal, self._basis[0] / self._diagonal.sqrt().unsqueeze(-1), -1)
 
 
 def kl_to_diagonal(q: _DiagonalPlusLowRank, loc: Tensor, variance: Tensor) -> Tensor:
@@ -199,7 +257,7 @@ def _kl_low_rank_independent(q, p):
 @register_kl(LowRankNormal, LowRankNormal)
 def _kl_low_rank_low_rank(q, p):
     # tr(P^-1 Q) = sum_i Q_diag_i (P^-1)_ii + the quadratic form of each of Q's columns under P.
-    leverage = p._qr[0].square().sum(-1)
+    leverage = p._basis[0].square().sum(-1)
     trace = (q.cov_diag / p.cov_diag * (1 - leverage)).sum(-1)
     trace = trace + p._mahalanobis(q.cov_factor.mT.movedim(-2, 0)).sum(0)
     quadratic = p._mahalanobis(q.loc - p.loc)
@@ -211,7 +269,7 @@ def _kl_precision_precision(q, p):
     covariance = q.covariance()
     # V_p' Sigma_q V_p is K x K; written with q's own projection so that nothing of size D x D appears.
     z = p.precision_factor / q.precision_diag.sqrt().unsqueeze(-1)
-    q1, q2, _ = q._qr
+    q1, q2 = q._basis
     along = torch.einsum("...dk,...dj->...kj", q1, z)
     residual = z - torch.einsum("...dk,...kj->...dj", q1, along)
     inner = residual.square().sum((-2, -1)) + torch.einsum("...ik,...kj->...ij", q2, along).square().sum((-2, -1))

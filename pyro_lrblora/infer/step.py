@@ -47,7 +47,7 @@ def optimiser_of(posterior: Posterior, rates: Rates) -> torch.optim.Optimizer:
     options = [{"params": p, "lr": getattr(rates, kind)} for kind, p in groups.items() if p]
     if head is not None:
         options.append({"params": list(head.parameters()), "lr": rates.head})
-    return torch.optim.Adam(options, lr=options[0]["lr"])
+    return torch.optim.Adam(options, lr=options[0]["lr"], fused=True)
 
 
 def add_gradients(
