@@ -28,7 +28,8 @@ def load_splits(source: str, rows: int, validation: int, test: int, seed: int):
     by_prefix = lambda *words: next((splits[n] for w in words for n in splits if n.startswith(w)), None)
     everything = (by_prefix("train") or next(iter(splits.values()))).shuffle(seed=seed)
     held = by_prefix("test", "validation")
-    if held is None or not all(label >= 0 for label in held["label"][:50]):
+    unlabelled = held is not None and "label" in held.column_names and min(held["label"][:50]) < 0
+    if held is None or unlabelled:
         held = by_prefix("validation") or everything.select(range(len(everything) - test, len(everything)))
     pick = lambda start, count: everything.select(range(start, min(start + count, len(everything))))
     return pick(0, rows), pick(rows, validation), held.select(range(min(test, len(held))))

@@ -18,12 +18,14 @@ from .adapters import LoRA, LoRAXS
 from .comparison import Comparison, compare
 from .data import Batches
 from .diagnostics import Diagnosis, diagnose
+from .generation import Generation, generate
 from .head import FixedHead
 from .infer import ChainsNotConverged, Rates, ScalesNotConverged
 from .infer import svi as fit
 from .model import BayesianLoRA
 from .posterior import Posterior, fixed_from
-from .predictive import Prediction, predict
+from .predictions import NumberPrediction, Prediction, TokenPrediction
+from .predictive import predict
 from .report import Report, report
 
 __all__ = [
@@ -33,13 +35,16 @@ __all__ = [
     "Comparison",
     "Diagnosis",
     "FixedHead",
+    "Generation",
     "LoRA",
     "LoRAXS",
+    "NumberPrediction",
     "Posterior",
     "Prediction",
     "Rates",
     "Report",
     "ScalesNotConverged",
+    "TokenPrediction",
     "adapters",
     "compare",
     "data",
@@ -49,6 +54,7 @@ __all__ = [
     "evidence",
     "fit",
     "fixed_from",
+    "generate",
     "guides",
     "infer",
     "likelihoods",

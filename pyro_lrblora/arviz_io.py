@@ -43,15 +43,12 @@ def to_arviz(posterior: Posterior, data=None, draws: int | None = None, seed: in
     if data is not None:
         batches = as_batches(data, posterior.model.tokenizer, batch_size=64, by_length=True)
         prediction = predict(posterior, batches, draws=draws, seed=seed)
-        log_probs = prediction.logits.log_softmax(-1)
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            groups["posterior_predictive"] = by_chain(
-                {"labels": torch.distributions.Categorical(logits=log_probs).sample()}
-            )
+        if hasattr(prediction, "draw_labels"):
+            with torch.random.fork_rng():
+                torch.manual_seed(seed)
+                groups["posterior_predictive"] = by_chain({"labels": prediction.draw_labels()})
         if prediction.labels is not None:
-            index = prediction.labels.expand(draws, -1).unsqueeze(-1)
-            groups["log_likelihood"] = by_chain({"labels": log_probs.gather(-1, index).squeeze(-1)})
+            groups["log_likelihood"] = by_chain({"labels": prediction.log_likelihood})
             groups["observed_data"] = {"labels": prediction.labels.numpy()}
     dims, coords = _dims_and_coords(posterior.model, groups["posterior"])
     return from_groups(groups, dims, coords)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator, Mapping
 
-import numpy as np
 import pandas as pd
 
 from . import metrics
@@ -15,6 +14,7 @@ from .guides.draws import DrawsGuide
 from .guides.ensemble import EnsembleGuide
 from .guides.mixture import MixtureGuide
 from .posterior import Posterior
+from .predictions import Prediction
 from .predictive import predict
 
 _EVIDENCE = ["ELBO per row", "ELBO per row SE", "LOO per row", "LOO per row SE", "high k-hat"]
@@ -55,11 +55,12 @@ def compare(
     Returns:
         A row per posterior, one for its mean alone (not of a point, nor where there are several modes), for a Laplace
         approximation one with the linearised predictive, and one for each of them after temperature scaling. Columns:
-        accuracy, NLL (nats), ECE with its bins, Brier; differences of NLL and Brier from the row with the best NLL,
-        with standard errors of the paired difference over test rows; temperature; training NLL;
-        ELBO and PSIS-LOO, both in nats per training row, with standard errors (of the ELBO over draws, of LOO over
-        rows; stored draws have LOO alone), and "high k-hat", the share of training rows whose k-hat is above
-        min(1 - 1 / log10(S), 0.7), 0.41 for 50 draws, see pyro_lrblora.evidence.k_hat_threshold;
+        accuracy, NLL (nats), ECE with its bins, Brier (of numbers RMSE, NLL, CRPS and the share inside the 90%
+        interval, of texts NLL per token and perplexity); differences of those that are means over rows from the row
+        with the best NLL, with standard errors of the paired difference over test rows; temperature, of classes;
+        training NLL; ELBO and PSIS-LOO, both in nats per training row, with standard errors (of the ELBO over draws,
+        of LOO over rows; stored draws have LOO alone), and "high k-hat", the share of training rows whose k-hat is
+        above min(1 - 1 / log10(S), 0.7), 0.41 for 50 draws, see pyro_lrblora.evidence.k_hat_threshold;
         parameters of the posterior, of the head, of both, and the posterior's as a share of LoRA r=8 on the same
         modules; seconds of the epochs (or chains) in the history, per step, and per 1000 test rows in this call.
         What is left out, and why, is in attrs["notes"].
@@ -73,7 +74,6 @@ def compare(
     rows, losses, notes = {}, {}, {note: [] for role, note in _WITHOUT.items() if given[role] is None}
     for name, posterior in posteriors.items():
         batches = data[name]
-        labels = {role: rows_.labels for role, rows_ in batches.items()}
         evidence = (
             _evidence(name, posterior, batches["train"], evidence_draws, seed, notes) if train is not None else {}
         )
@@ -81,30 +81,28 @@ def compare(
             begun = time.perf_counter()
             how = {"draws": 1 if posterior.is_point else draws, "seed": seed}
             how |= {"at": "mean"} if at == "mean" else {"method": at} if at else {}
-            log_probs = {"test": predict(posterior, batches["test"], **how).log_probs}
+            found = {"test": predict(posterior, batches["test"], **how)}
             seconds = 1000 * (time.perf_counter() - begun) / batches["test"].rows
-            for role in batches.keys() - {"test"}:
-                log_probs[role] = predict(posterior, batches[role], **how).log_probs
+            found |= {role: predict(posterior, batches[role], **how) for role in batches.keys() - {"test"}}
             costs = _costs(posterior) | {"s/1000 predictions": seconds}
-            temperatures = {label: 1.0}
-            if validation is not None:
-                fitted = metrics.fit_temperature(log_probs["validation"], labels["validation"])
-                temperatures[f"{label}, temperature"] = fitted
-            for row, temperature in temperatures.items():
-                probs = {role: metrics.apply_temperature(each, temperature) for role, each in log_probs.items()}
-                losses[row] = _losses(probs["test"], labels["test"])
-                rows[row] = _scores(probs, labels, bins) | costs
-                if row != label:
-                    rows[row]["temperature"] = temperature
+            rows[label], losses[label] = _scores(found, bins) | costs, found["test"].losses()
+            if validation is not None and isinstance(found["test"], Prediction):
+                temperature = metrics.fit_temperature(found["validation"].log_probs, found["validation"].labels)
+                scaled, row = (
+                    {role: each.tempered(temperature) for role, each in found.items()},
+                    f"{label}, temperature",
+                )
+                rows[row] = _scores(scaled, bins) | {"temperature": temperature} | costs
+                losses[row] = scaled["test"].losses()
             if at is None:
                 rows[label] |= evidence
     table = pd.DataFrame.from_dict(rows, orient="index")
     best = table["NLL"].idxmin()
-    for name in ("NLL", "Brier"):
+    for name in losses[best]:
         differences = {row: each[name] - losses[best][name] for row, each in losses.items()}
         table[f"{name} - best"] = {row: each.mean() for row, each in differences.items()}
         table[f"{name} - best SE"] = {row: each.std(ddof=1) / len(each) ** 0.5 for row, each in differences.items()}
-    table = Comparison(table[[column for column in _columns(bins) if column in table]])
+    table = Comparison(table[_ordered(table)])
     table.attrs["notes"] = [f"{', '.join(names)}: {note}" if names else note for note, names in notes.items()]
     return table
 
@@ -154,9 +152,12 @@ def _indented(rows: Iterable[str]) -> list[str]:
     return names
 
 
-def _columns(bins: int) -> list[str]:
-    scores = ["accuracy", "NLL", "NLL - best", "NLL - best SE", f"ECE ({bins} bins)", "Brier", "Brier - best"]
-    return [*scores, "Brier - best SE", "temperature", "train NLL", *_EVIDENCE, *_COSTS]
+def _ordered(table: pd.DataFrame) -> list[str]:
+    """The scores, each followed by its difference from the best, then the evidence, then the costs."""
+    last = ["temperature", "train NLL", *_EVIDENCE, *_COSTS]
+    scores = [name for name in table if name not in last and " - best" not in name]
+    columns = [name + part for name in scores for part in ("", " - best", " - best SE")] + last
+    return [name for name in columns if name in table]
 
 
 def _checked(posteriors: Mapping[str, Posterior], given: Mapping, tokenizer) -> dict[str, dict]:
@@ -198,26 +199,11 @@ def _versions(name: str, posterior: Posterior, notes: dict[str, list[str]]) -> I
         yield f"{name}, linearised", "linearised"
 
 
-def _scores(probs: Mapping[str, np.ndarray], labels: Mapping, bins: int) -> dict[str, float]:
-    test = (probs["test"], labels["test"])
-    row = {
-        "accuracy": metrics.accuracy(*test),
-        "NLL": metrics.nll(*test),
-        f"ECE ({bins} bins)": metrics.ece(*test, bins),
-        "Brier": metrics.brier(*test),
-    }
-    if "train" in probs:
-        row["train NLL"] = metrics.nll(probs["train"], labels["train"])
+def _scores(predictions: Mapping, bins: int) -> dict[str, float]:
+    row = predictions["test"].scores(bins)
+    if "train" in predictions:
+        row["train NLL"] = predictions["train"].nll
     return row
-
-
-def _losses(probs: np.ndarray, labels) -> dict[str, np.ndarray]:
-    """What NLL and Brier are the means of, (N,) each."""
-    hits = np.eye(probs.shape[1])[np.asarray(labels).astype(int)]
-    return {
-        "NLL": -np.log(np.maximum((probs * hits).sum(-1), 1e-30)),
-        "Brier": np.square(probs - hits).sum(-1),
-    }
 
 
 def _evidence(

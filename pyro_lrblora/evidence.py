@@ -288,7 +288,7 @@ def _log_likelihood(model, batch, values: Mapping[str, Tensor], head, fold: int)
     """(S, B) in float64 on the host, `fold` draws to a forward."""
     pieces = []
     for size, repeated, outputs in outputs_at(model, batch, values, head, fold):
-        log_prob = model.label_distribution(outputs, repeated).log_prob(repeated["labels"])
+        log_prob = model.log_likelihood(outputs, repeated)
         pieces.append(log_prob.double().reshape(size, -1).cpu())
     return torch.cat(pieces)
 

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from .likelihoods import logits_of
+from .likelihoods import class_logits
 
 
 def logit_moments(posterior, batches, precision: str = "fp32") -> tuple[Tensor, Tensor]:
@@ -22,8 +22,13 @@ def logit_moments(posterior, batches, precision: str = "fp32") -> tuple[Tensor, 
         precision: of the network, "fp32" or "bf16".
 
     Raises:
-        TypeError: the posterior has no covariance in closed form.
+        TypeError: the posterior has no covariance in closed form, or the labels are not classes.
     """
+    if hasattr(posterior.model.likelihood, "prediction"):
+        raise TypeError(
+            f"expected a likelihood of classes for logits, got {posterior.model.likelihood!r}; write "
+            f"method='monte_carlo'"
+        )
     model, covariance = posterior.model, posterior.covariance()
     mean, head = posterior.mean(), posterior.head()
     loc = model.sites.join(mean)
@@ -33,7 +38,8 @@ def logit_moments(posterior, batches, precision: str = "fp32") -> tuple[Tensor, 
         rows = len(next(iter(batch.values())))
         latents = loc.expand(rows, -1).clone().requires_grad_()
         with torch.enable_grad(), model.attached(precision, dropout=False):
-            logits = logits_of(model.outputs(batch, mean | model.sites.split(latents), head))
+            outputs = model.outputs(batch, mean | model.sites.split(latents), head)
+            logits = class_logits(model.likelihood, outputs, batch)
             classes = logits.shape[-1]
             jacobian = torch.stack(
                 [

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
+from scipy import special
 from torch import Tensor
 
 Array = np.ndarray | Tensor
@@ -47,6 +48,27 @@ def ece(probs: Array, labels: Array, bins: int = 15, kind: str = "width") -> flo
         hits = np.bincount(places[np.arange(len(labels)), labels], minlength=len(gaps))
         return float(np.abs(gaps - hits).sum() / probs.size)
     return _binned_error(probs.max(-1), (probs.argmax(-1) == labels).astype(float), bins, kind)
+
+
+def crps_of_normals(loc: Array, scale: Array, labels: Array) -> np.ndarray:
+    """Continuous ranked probability score of equal mixtures of S normals, (N,), in units of the labels; 0 is perfect.
+
+    Args:
+        loc: (S, N).
+        scale: (S, N).
+        labels: (N,).
+
+    Source: Grimit et al. 2006 (doi 10.1256/qj.05.235), equation 5.
+    """
+    loc, scale, labels = (np.asarray(value, dtype=float) for value in (loc, scale, labels))
+    if loc.shape != scale.shape or loc.ndim != 2 or labels.shape != loc.shape[1:]:
+        raise ValueError(
+            f"expected loc and scale (S, N) and labels (N,), got {loc.shape}, {scale.shape}, {labels.shape}"
+        )
+    total = _mean_distance(labels - loc, scale).mean(0)
+    for one, spread in zip(loc, scale, strict=True):  # a draw at a time: S x S x N would be large
+        total -= _mean_distance(loc - one, np.hypot(scale, spread)).mean(0) / (2 * len(loc))
+    return total
 
 
 def reliability(probs: Array, labels: Array, bins: int = 15) -> dict[str, np.ndarray]:
@@ -228,6 +250,12 @@ def _check_detection(scores: Array, positive: Array) -> tuple[np.ndarray, np.nda
     if positive.all() or not positive.any():
         raise ValueError(f"expected positive and negative rows, got {positive.sum()} positive of {len(positive)}")
     return scores, positive
+
+
+def _mean_distance(mean: np.ndarray, sd: np.ndarray) -> np.ndarray:
+    """E|X| of X normal."""
+    z = mean / sd
+    return mean * (2 * special.ndtr(z) - 1) + 2 * sd * np.exp(-(z**2) / 2) / np.sqrt(2 * np.pi)
 
 
 def _check(probs: Array, labels: Array) -> tuple[np.ndarray, np.ndarray]:

@@ -10,7 +10,6 @@ from contextlib import contextmanager, nullcontext
 import pyro
 import pyro.distributions as dist
 import torch
-from pyro import poutine
 from torch import Tensor, nn
 
 from . import likelihoods, priors
@@ -126,7 +125,9 @@ class BayesianLoRA:
     @property
     def class_names(self) -> list[str] | None:
         """The classes' names, from the likelihood, the data or the network's config."""
-        names = getattr(self.likelihood, "class_names", None) or self._class_names
+        names = getattr(self.likelihood, "class_names", None)
+        if names is None:
+            names = self._class_names
         if names is None and self.classes is not None:
             labels = getattr(getattr(self.network, "config", None), "id2label", None) or {}
             names = [str(labels.get(i, i)) for i in range(self.classes)]
@@ -226,6 +227,14 @@ class BayesianLoRA:
             finally:
                 self._attachment, self._precision = None, "fp32"
 
+    @contextmanager
+    def carrying(self, values: Mapping[str, Tensor], head: Mapping[str, Tensor], precision: str = "fp32"):
+        """A `with` block in which the bare network computes with given latents, as in `outputs`."""
+        with self.attached(precision, dropout=False):
+            self._attachment.set({name: values[name] for name in self.sites.shapes}, head)
+            with self._autocast():
+                yield
+
     def data_plate(self, batch: Batch) -> DataPlate:
         """The plate over a batch of B rows out of N."""
         rows = batch_rows(batch)
@@ -238,11 +247,18 @@ class BayesianLoRA:
 
     def label_distribution(self, outputs, batch: Batch) -> dist.TorchDistribution:
         """The distribution the likelihood gives the labels, batch shape (B,)."""
-        with poutine.block(), pyro.plate("data", batch_rows(batch), dim=-1):
-            trace = poutine.trace(self.likelihood).get_trace(outputs, batch)
-        if "labels" not in trace.nodes:
-            raise TypeError(f"expected the likelihood to sample a site named 'labels', got {self.likelihood!r}")
-        return trace.nodes["labels"]["fn"]
+        return likelihoods.label_site(self.likelihood, outputs, batch)[0]
+
+    def log_likelihood(self, outputs, batch: Batch) -> Tensor:
+        """Log probability of each row's labels, nats, (B,)."""
+        labels, observed = likelihoods.label_site(self.likelihood, outputs, batch)
+        return labels.log_prob(observed)
+
+    @property
+    def predicts_classes(self) -> bool:
+        """Whether a prediction is known to be probabilities of classes (or choices)."""
+        own = not hasattr(self.likelihood, "prediction") and self.classes is not None
+        return hasattr(self.likelihood, "logits") or own
 
     def to_device(self, batch: Batch) -> dict[str, Tensor]:
         """The batch's tensors on the model's device."""
@@ -341,10 +357,12 @@ class BayesianLoRA:
         batch = self.to_device(batch)
         head = self.head_start if self.head in ("point", "bayesian") else self._fixed_head
         outputs = self.pretrained_outputs(batch, head)
-        return self.label_distribution(outputs, batch), batch.get("labels")
+        return likelihoods.label_site(self.likelihood, outputs, batch)
 
     def _run(self, batch: Batch):
         inputs = {name: value for name, value in batch.items() if name != "labels"}
-        autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=self._precision == "bf16")
-        with autocast:
+        with self._autocast():
             return self.network(**inputs)
+
+    def _autocast(self):
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self._precision == "bf16")

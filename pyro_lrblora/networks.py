@@ -21,7 +21,7 @@ class MeanPoolClassifier(nn.Module):
 
     Args:
         encoder: a transformers encoder with last_hidden_state.
-        num_labels: C.
+        num_labels: C; 1 with a row of tokens per choice, (B, C, T), gives the choices' scores (B, C).
     """
 
     def __init__(self, encoder: nn.Module, num_labels: int):
@@ -37,10 +37,56 @@ class MeanPoolClassifier(nn.Module):
         return self.encoder
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, **inputs: Tensor) -> SequenceClassifierOutput:
-        hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask, **inputs).last_hidden_state
+        items = input_ids.shape[:-1]
+        flat = {name: value.flatten(0, -2) for name, value in inputs.items()}
+        input_ids, attention_mask = input_ids.flatten(0, -2), attention_mask.flatten(0, -2)
+        hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask, **flat).last_hidden_state
         mask = attention_mask.unsqueeze(-1).to(hidden.dtype)
         pooled = (hidden * mask).sum(1) / mask.sum(1).clamp(min=1)
-        return SequenceClassifierOutput(logits=self.classifier(pooled))
+        logits = self.classifier(pooled)
+        return SequenceClassifierOutput(logits=logits.view(items) if len(items) == 2 else logits)
+
+
+class AnswerScorer(nn.Module):
+    """The log probability, nats, of each choice's tokens under a causal language model: the choices' scores (B, C).
+
+    Args:
+        language_model: a transformers causal language model.
+        per_token: the mean over a choice's tokens instead of the sum, so that length does not count against an answer.
+    """
+
+    def __init__(self, language_model: nn.Module, per_token: bool = False):
+        super().__init__()
+        self.language_model, self.per_token = language_model, per_token
+
+    @property
+    def base_model(self) -> nn.Module:
+        """All of it: there is no head to train."""
+        return self.language_model
+
+    @property
+    def config(self):
+        """The language model's."""
+        return self.language_model.config
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        """The language model's output embedding, which is never adapted."""
+        return self.language_model.get_output_embeddings()
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, answer_mask: Tensor, **inputs: Tensor
+    ) -> SequenceClassifierOutput:
+        """Scores of choices whose tokens are input_ids (B, C, T), answer_mask being 1 where they are the answer's."""
+        flat = {name: value.flatten(0, 1) for name, value in inputs.items()}
+        ids, mask = input_ids.flatten(0, 1), attention_mask.flatten(0, 1)
+        # Given explicitly, since padding on the left would shift them.
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        outputs = self.language_model(input_ids=ids, attention_mask=mask, position_ids=positions, **flat)
+        log_probs = outputs.logits[:, :-1].float().log_softmax(-1)
+        answer = answer_mask.flatten(0, 1)[:, 1:].to(log_probs.device)
+        tokens = log_probs.gather(-1, ids[:, 1:, None].to(log_probs.device)).squeeze(-1) * answer
+        scores = tokens.sum(-1) / (answer.sum(-1) if self.per_token else 1)
+        return SequenceClassifierOutput(logits=scores.view(input_ids.shape[:2]))
 
 
 def builtin_base(num_labels: int = 2) -> tuple[MeanPoolClassifier, object]:

@@ -2,49 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .data import Batch, as_batches, batch_rows
-from .likelihoods import logits_of
+from .likelihoods import prediction, summary
 from .linearised import draw_logits, logit_moments, probit_logits
 from .posterior import Posterior, local_parameters
+from .predictions import NumberPrediction, Prediction, TokenPrediction
 
 _FOLDED_ROWS = 512
 _METHODS = ["monte_carlo", "linearised", "probit"]
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """Predictions for N rows from S draws, on the host, in the data's own order.
-
-    Args:
-        logits: (S, N, C).
-        labels: (N,) where the data have them.
-        class_names: C names.
-    """
-
-    logits: Tensor  # (S, N, C)
-    labels: Tensor | None  # (N,)
-    class_names: Sequence[str] | None = None
-
-    @property
-    def log_probs(self) -> Tensor:
-        """Log of the posterior predictive probabilities, (N, C)."""
-        return self.logits.log_softmax(-1).logsumexp(0) - torch.tensor(len(self.logits)).log()
-
-    @property
-    def probs(self) -> Tensor:
-        """Posterior predictive probabilities, (N, C): the mean over draws."""
-        return self.log_probs.exp()
-
-    @property
-    def predicted(self) -> Tensor:
-        """The most probable class of each row, (N,)."""
-        return self.log_probs.argmax(-1)
 
 
 @local_parameters
@@ -61,7 +31,7 @@ def predict(
     precision: str = "fp32",
     fold: int | None = None,
     tokenizer=None,
-) -> Prediction:
+) -> Prediction | NumberPrediction | TokenPrediction:
     """Predict with S draws from the posterior, at its mean, or with the network linearised there.
 
     The same S draws serve every row and every batch: each is one function. (Linearised ones are drawn row by row.)
@@ -81,9 +51,12 @@ def predict(
             up to 512 rows together elsewhere.
         tokenizer: for a datasets.Dataset, where the model has none.
 
+    Returns:
+        What the likelihood predicts: classes, numbers, or the tokens of given texts.
+
     Raises:
         ValueError: draws < 1, an `at` that is not "mean", an unknown method, empty data.
-        TypeError: a posterior that is not Gaussian, linearised.
+        TypeError: linearised, a posterior that is not Gaussian, or labels that are not classes.
     """
     if at not in (None, "mean"):
         raise ValueError(f"expected at='mean' or at=None, got at={at!r}")
@@ -106,7 +79,7 @@ def predict(
 
 def predict_at(
     model, batches, values: Mapping[str, Tensor], head: Mapping[str, Tensor], precision: str = "fp32", fold=None
-) -> Prediction:
+) -> Prediction | NumberPrediction | TokenPrediction:
     """Predict with given draws, whatever they were drawn from.
 
     Args:
@@ -120,11 +93,19 @@ def predict_at(
     parts = []
     with model.attached(precision, dropout=False):
         for batch in batches:
-            batch = model.to_device({k: v for k, v in batch.items() if k != "labels"})
-            parts.append(_logits(model, batch, values, head, folding(model, batch, values, fold)))
-    logits = torch.empty_like(torch.cat(parts, dim=1))
-    logits[:, torch.as_tensor(batches.order)] = torch.cat(parts, dim=1)
-    return Prediction(logits, batches.labels, model.class_names)
+            batch = model.to_device(batch)
+            parts.append(_summaries(model, batch, values, head, folding(model, batch, values, fold)))
+    order = torch.as_tensor(batches.order)
+    summaries = {}
+    for name in parts[0]:
+        tensors = [part[name] for part in parts]
+        if name != "logits":
+            tensors = _same_length(tensors)
+        elif len(classes := sorted({tensor.shape[-1] for tensor in tensors})) > 1:
+            raise ValueError(f"expected equally many classes or choices in every batch, got {classes}")
+        joined = torch.cat(tensors, dim=1)
+        summaries[name] = torch.empty_like(joined).index_copy_(1, order, joined)
+    return prediction(model.likelihood, summaries, batches.labels, model.class_names)
 
 
 def outputs_at(
@@ -150,10 +131,18 @@ def folding(model, batch: Batch, values: Mapping[str, Tensor], fold: int | None)
     return fold or (1 if model.device.type == "cpu" else max(1, _FOLDED_ROWS // batch_rows(batch)))
 
 
-def _logits(model, batch, values, head, fold: int) -> Tensor:
-    """(S, B, C) on the host."""
+def _summaries(model, batch, values, head, fold: int) -> dict[str, Tensor]:
+    """What is kept of each draw's outputs, (S, B, ...) on the host."""
     pieces = []
-    for size, _, outputs in outputs_at(model, batch, values, head, fold):
-        logits = logits_of(outputs)
-        pieces.append(logits.reshape(size, -1, *logits.shape[1:]).cpu())
-    return torch.cat(pieces)
+    for size, repeated, outputs in outputs_at(model, batch, values, head, fold):
+        kept = summary(model.likelihood, outputs, repeated)
+        pieces.append({name: value.reshape(size, -1, *value.shape[1:]).cpu() for name, value in kept.items()})
+    return {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
+
+
+def _same_length(tensors: list[Tensor]) -> list[Tensor]:
+    """Tensors (S, B, T), shorter ones filled up with zeros: batches of texts differ in length."""
+    if tensors[0].dim() < 3:
+        return tensors
+    longest = max(tensor.shape[2] for tensor in tensors)
+    return [nn.functional.pad(tensor, (0, longest - tensor.shape[2])) for tensor in tensors]

@@ -16,7 +16,6 @@ from ..evidence import check_fitted_rows, importance, psis_loo, why_no_density
 from ..guides.draws import DrawsGuide
 from ..guides.ensemble import EnsembleGuide
 from ..guides.mixture import MixtureGuide
-from ..likelihoods import Categorical
 from ..posterior import Posterior
 from ..predictive import predict
 from .calibration import calibration
@@ -160,7 +159,7 @@ def _evidence(posterior: Posterior, train, draws: int, seed: int) -> dict:
 
 def _predictions(posterior: Posterior, data: Mapping, draws: int, bins: int, seed: int) -> dict:
     names = ("prediction", "at_mean", "calibration", "selective", "sweep", "uncertainty", "temperature", "outside")
-    if not isinstance(posterior.model.likelihood, Categorical):
+    if not posterior.model.predicts_classes:
         return dict.fromkeys(names, f"the likelihood {posterior.model.likelihood!r} does not predict classes")
     how = {"draws": 1 if posterior.is_point else draws, "seed": seed}
     prediction = predict(posterior, data["test"], **how)

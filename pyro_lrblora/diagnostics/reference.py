@@ -11,7 +11,6 @@ from torch import Tensor
 
 from ..guides.draws import DrawsGuide
 from ..infer.start import _same_subspace
-from ..likelihoods import Categorical
 from ..posterior import Posterior
 from ..predictive import predict
 
@@ -112,7 +111,7 @@ class _Draws:
     def of(posterior: Posterior, data, draws: int, seed: int) -> _Draws:
         model = posterior.model
         latents = model.sites.join(posterior.sample(draws, seed=seed)).double().cpu()
-        if data is None or not (isinstance(model.likelihood, Categorical) or model.classes):
+        if data is None or not model.predicts_classes:
             return _Draws(latents, None)
         logits = predict(posterior, data, draws=draws, seed=seed).logits
         return _Draws(latents, logits.softmax(-1).unflatten(0, (2, -1)).mean(1))

@@ -157,7 +157,7 @@ class SimulatedStudy:
                 fold = folding(model, batch, values, max(1, _FOLDED_ROWS // len(batch["labels"])))
                 pieces = []
                 for size, repeated, outputs in outputs_at(model, batch, values, head, fold):
-                    log_prob = model.label_distribution(outputs, repeated).log_prob(repeated["labels"])
+                    log_prob = model.log_likelihood(outputs, repeated)
                     pieces.append(log_prob.double().reshape(size, -1).sum(1))
                 total = total + torch.cat(pieces)
         return total

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from ..data import _text_columns
+from ..data.batches import text_columns
 from ..predictive import Prediction
 
 _SCORES = ["entropy", "expected_entropy", "mutual_information", "disagreement", "max_probability"]
@@ -147,7 +147,7 @@ def _texts(data, rows: int, text) -> tuple[dict[str, Sequence[str]], list[str]]:
     if len(data) != rows:
         raise ValueError(f"expected the data that were predicted, {rows} rows, got {len(data)}")
     try:
-        return {name: data[name] for name in _text_columns(data, text)}, []
+        return {name: data[name] for name in text_columns(data, text)}, []
     except KeyError as error:
         if text is not None:
             raise

@@ -16,7 +16,6 @@ from tqdm.auto import tqdm
 from ..data import as_batches
 from ..guides import Delta, LowRankPrecision
 from ..guides.stock import check_guide_spec
-from ..metrics import nll
 from ..model import BayesianLoRA
 from ..posterior import Posterior, local_parameters
 from ..predictive import predict
@@ -257,7 +256,7 @@ def _per_row(draws: str, guide, entries: int) -> bool:
 
 def _validation_nll(posterior: Posterior, batches, draws: int, precision: str) -> float:
     prediction = predict(posterior, batches, draws=1 if posterior.is_point else draws, precision=precision)
-    return nll(prediction.probs, prediction.labels)
+    return prediction.nll
 
 
 def _device(name: str) -> str:

@@ -8,7 +8,6 @@ import torch
 
 from ..data import as_batches
 from ..guides import Diagonal
-from ..metrics import nll
 from ..posterior import Posterior, local_parameters
 from ..predictive import predict
 from ..priors import prior_variance
@@ -64,11 +63,9 @@ def tfb(
 
     def score(share: float) -> float:
         guide.scale = (share * prior_sd.mean()).expand(guide.scale.shape).clone()
-        prediction = predict(posterior, batches, draws=draws, seed=seed)
-        return nll(prediction.probs, prediction.labels)
+        return predict(posterior, batches, draws=draws, seed=seed).nll
 
-    at_point = predict(point, batches, draws=1)
-    base = nll(at_point.probs, at_point.labels)
+    base = predict(point, batches, draws=1).nll
     allowed = (1 + tolerance) * base
     low, high = -9.0, 3.0  # of the log of the scale's share of the prior's
     for _ in range(steps):

@@ -1,9 +1,4 @@
-"""Pyro programs that observe the labels.
-
-A likelihood is any function of (outputs, batch), called inside the data plate, that makes one pyro.sample statement
-named "labels" with obs=batch.get("labels"). `outputs` is what the network returned. The class here adds what
-prediction and the linear probe need: the number of classes and their names.
-"""
+"""Class labels from logits."""
 
 from __future__ import annotations
 
@@ -14,8 +9,6 @@ import pyro
 import pyro.distributions as dist
 import torch
 from torch import Tensor
-
-__all__ = ["Categorical"]
 
 
 @dataclass(frozen=True)
@@ -30,11 +23,13 @@ class Categorical:
     class_names: Sequence[str] | None = None
 
     def __call__(self, outputs, batch: Mapping[str, Tensor]) -> Tensor:
-        logits = logits_of(outputs)
-        if not logits.isfinite().all():
-            rows = (~logits.isfinite()).any(-1).nonzero().flatten().tolist()
-            raise FloatingPointError(f"expected finite logits, got NaN or infinity in rows {rows[:10]} of the batch")
+        logits = check_finite(self.logits(outputs, batch))
         return pyro.sample("labels", dist.Categorical(logits=logits), obs=batch.get("labels"))
+
+    @staticmethod
+    def logits(outputs, batch: Mapping[str, Tensor]) -> Tensor:
+        """The logits (B, C)."""
+        return logits_of(outputs)
 
     def check_labels(self, labels: Tensor, classes: int | None) -> None:
         """Raise a ValueError where labels (N,) are not class indices 0..classes-1; None where C is not known."""
@@ -53,6 +48,14 @@ class Categorical:
             )
         if self.class_names is not None and len(self.class_names) != classes:
             raise ValueError(f"expected {classes} class names, got {list(self.class_names)}")
+
+
+def check_finite(outputs: Tensor) -> Tensor:
+    """The same outputs (B, ...); raises a FloatingPointError that names the rows with NaN or infinity."""
+    if not outputs.isfinite().all():
+        rows = (~outputs.isfinite()).flatten(1).any(-1).nonzero().flatten().tolist()
+        raise FloatingPointError(f"expected finite logits, got NaN or infinity in rows {rows[:10]} of the batch")
+    return outputs
 
 
 def logits_of(outputs) -> Tensor:

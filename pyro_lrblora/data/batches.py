@@ -1,4 +1,4 @@
-"""From a datasets.Dataset, or batches already made, to the batches a model takes."""
+"""Rows of one text or a pair with a label each, and what every kind of batches has in common."""
 
 from __future__ import annotations
 
@@ -22,7 +22,61 @@ _TEXT_COLUMNS = (
 )
 
 
-class Batches:
+class EncodedBatches:
+    """Encoded rows as batch dicts, in order, shuffled, or by length; what every kind of batches has in common.
+
+    Args:
+        encoded: column -> one list of numbers per row.
+        labels: (N, ...), or None.
+        tokenizer: pads the columns it knows; needs a padding token.
+        batch_size: rows per batch.
+        shuffle: a seed for a new order in every epoch; None keeps the order.
+        by_length: batches of rows of similar length, for less padding; `order` tells which rows they hold.
+        lengths: tokens of each row.
+
+    Raises:
+        ValueError: no rows, a tokenizer without padding token.
+    """
+
+    class_names: list[str] | None = None
+
+    def __init__(
+        self,
+        encoded: Mapping[str, list],
+        labels: Tensor | None,
+        tokenizer,
+        batch_size: int,
+        shuffle: int | None,
+        by_length: bool,
+        lengths: Sequence[int],
+    ):
+        self._encoded, self.labels, self._tokenizer = encoded, labels, tokenizer
+        self._batch_size, self.rows = batch_size, len(lengths)
+        self._generator = None if shuffle is None else torch.Generator().manual_seed(shuffle)
+        self.order = np.argsort(lengths, kind="stable") if by_length else np.arange(self.rows)
+
+    def __len__(self) -> int:
+        return -(-self.rows // self._batch_size)
+
+    def __iter__(self) -> Iterator[Batch]:
+        order = self.order
+        if self._generator is not None:
+            # Kept, so that whoever reads `order` after a pass knows which row was where in it.
+            order = self.order = torch.randperm(self.rows, generator=self._generator).numpy()
+        for start in range(0, self.rows, self._batch_size):
+            yield self._collate(order[start : start + self._batch_size])
+
+    def _collate(self, rows: Sequence[int]) -> dict[str, Tensor]:
+        batch = self._padded({name: [values[row] for row in rows] for name, values in self._encoded.items()})
+        if self.labels is not None:
+            batch["labels"] = self.labels[torch.as_tensor(rows)]
+        return batch
+
+    def _padded(self, columns: Mapping[str, list]) -> dict[str, Tensor]:
+        return dict(self._tokenizer.pad(columns, padding=True, return_tensors="pt"))
+
+
+class Batches(EncodedBatches):
     """Tokenised rows of a dataset as batch dicts with "labels", padded to the longest row of each batch.
 
     Args:
@@ -51,45 +105,33 @@ class Batches:
         shuffle: int | None = None,
         by_length: bool = False,
     ):
-        if len(dataset) == 0:
-            raise ValueError("expected at least one row of data, got an empty dataset")
-        if tokenizer is None:
-            raise ValueError(
-                "expected a tokenizer for a datasets.Dataset; give tokenizer= to the model or to this call"
-            )
-        if tokenizer.pad_token is None:
-            raise ValueError(
-                "expected a tokenizer with a padding token, got none; write tokenizer.pad_token = tokenizer.eos_token "
-                "and network.config.pad_token_id = tokenizer.pad_token_id"
-            )
-        self._tokenizer, self._batch_size = tokenizer, batch_size
-        self._encoded = _encode(dataset, tokenizer, text, max_length)
+        check_encodable(dataset, tokenizer)
+        encoded = _encode(dataset, tokenizer, text, max_length)
         label = _label_column(dataset, label)
-        self.labels: Tensor | None = None if label is None else torch.as_tensor(np.asarray(dataset[label]))
-        feature = dataset.features.get(label)
-        self.class_names: list[str] | None = getattr(feature, "names", None)
-        self.rows = len(dataset)
-        self._generator = None if shuffle is None else torch.Generator().manual_seed(shuffle)
-        lengths = [len(ids) for ids in self._encoded["input_ids"]]
-        self.order = np.argsort(lengths, kind="stable") if by_length else np.arange(self.rows)
+        labels = None if label is None else torch.as_tensor(np.asarray(dataset[label]))
+        lengths = [len(ids) for ids in encoded["input_ids"]]
+        super().__init__(encoded, labels, tokenizer, batch_size, shuffle, by_length, lengths)
+        self.class_names = getattr(dataset.features.get(label), "names", None)
 
-    def __len__(self) -> int:
-        return -(-self.rows // self._batch_size)
 
-    def __iter__(self) -> Iterator[Batch]:
-        order = self.order
-        if self._generator is not None:
-            # Kept, so that whoever reads `order` after a pass knows which row was where in it.
-            order = self.order = torch.randperm(self.rows, generator=self._generator).numpy()
-        for start in range(0, self.rows, self._batch_size):
-            yield self._collate(order[start : start + self._batch_size])
+def check_encodable(dataset: datasets.Dataset, tokenizer) -> None:
+    """Raise a ValueError for an empty dataset, or a tokenizer that is missing or cannot pad."""
+    if len(dataset) == 0:
+        raise ValueError("expected at least one row of data, got an empty dataset")
+    if tokenizer is None:
+        raise ValueError("expected a tokenizer for a datasets.Dataset; give tokenizer= to the model or to this call")
+    if tokenizer.pad_token is None:
+        raise ValueError(
+            "expected a tokenizer with a padding token, got none; write tokenizer.pad_token = tokenizer.eos_token "
+            "and network.config.pad_token_id = tokenizer.pad_token_id"
+        )
 
-    def _collate(self, rows: Sequence[int]) -> Batch:
-        columns = {name: [values[row] for row in rows] for name, values in self._encoded.items()}
-        batch = dict(self._tokenizer.pad(columns, padding=True, return_tensors="pt"))
-        if self.labels is not None:
-            batch["labels"] = self.labels[torch.as_tensor(rows)]
-        return batch
+
+def check_columns(dataset: datasets.Dataset, *names: str) -> None:
+    """Raise a KeyError unless the dataset has all these columns."""
+    missing = [name for name in names if name not in dataset.column_names]
+    if missing:
+        raise KeyError(f"expected column(s) {missing} in the data, got columns {dataset.column_names}")
 
 
 class _GivenBatches:
@@ -113,7 +155,7 @@ class _GivenBatches:
         if not sizes:
             raise ValueError("expected at least one batch of data, got none")
         self.rows = sum(sizes)
-        self.labels = None if any(label is None for label in labels) else torch.cat([x.cpu() for x in labels])
+        self.labels = None if any(label is None for label in labels) else _joined([x.cpu() for x in labels])
         self.order = np.arange(self.rows)
         self._length = len(sizes)
 
@@ -124,15 +166,15 @@ class _GivenBatches:
         return iter(self._batches)
 
 
-def as_batches(data, tokenizer=None, **options) -> Batches | _GivenBatches:
-    """Batches of `data` whatever form it has: Batches, a datasets.Dataset, or a re-iterable of batch dicts.
+def as_batches(data, tokenizer=None, **options) -> EncodedBatches | _GivenBatches:
+    """Batches of `data` whatever form it has: batches, a datasets.Dataset, or a re-iterable of batch dicts.
 
     Args:
         data: see above.
         tokenizer: needed for a datasets.Dataset only.
         options: of Batches, used for a datasets.Dataset only.
     """
-    if isinstance(data, Batches | _GivenBatches):
+    if isinstance(data, EncodedBatches | _GivenBatches):
         return data
     if isinstance(data, datasets.Dataset):
         return Batches(data, tokenizer, **options)
@@ -141,6 +183,14 @@ def as_batches(data, tokenizer=None, **options) -> Batches | _GivenBatches:
     if isinstance(data, Mapping) or not isinstance(data, Iterable):
         raise TypeError(f"expected a datasets.Dataset or a re-iterable of batch dicts, got {type(data).__name__}")
     return _GivenBatches(data)
+
+
+def _joined(labels: list[Tensor]) -> Tensor:
+    """Labels (B, ...) of all batches as (N, ...); those of texts (B, T) filled up with -100."""
+    if labels[0].dim() == 2 and not labels[0].is_floating_point():
+        longest = max(label.shape[1] for label in labels)
+        labels = [torch.nn.functional.pad(label, (0, longest - label.shape[1]), value=-100) for label in labels]
+    return torch.cat(labels)
 
 
 def batch_rows(batch: Batch) -> int:
@@ -171,19 +221,17 @@ def _encode(dataset, tokenizer, text, max_length) -> dict[str, list]:
     if text is None and "input_ids" in columns:
         kept = [name for name in tokenizer.model_input_names if name in columns]
         return {name: [list(row) for row in dataset[name]] for name in kept}
-    names = _text_columns(dataset, text)
+    names = text_columns(dataset, text)
     limit = max_length or min(tokenizer.model_max_length, 512)
     encoded = tokenizer(*(list(dataset[name]) for name in names), truncation=True, max_length=limit)
     return {name: encoded[name] for name in encoded}
 
 
-def _text_columns(dataset, text: str | Sequence[str] | None) -> Sequence[str]:
+def text_columns(dataset, text: str | Sequence[str] | None) -> Sequence[str]:
     columns = dataset.column_names
     if text is not None:
         names = (text,) if isinstance(text, str) else tuple(text)
-        missing = [name for name in names if name not in columns]
-        if missing:
-            raise KeyError(f"expected text column(s) {missing} in the data, got columns {columns}")
+        check_columns(dataset, *names)
         return names
     for names in _TEXT_COLUMNS:
         if all(name in columns for name in names):
@@ -198,9 +246,7 @@ def _text_columns(dataset, text: str | Sequence[str] | None) -> Sequence[str]:
 
 
 def _label_column(dataset, label: str | None) -> str | None:
-    columns = dataset.column_names
     if label is not None:
-        if label not in columns:
-            raise KeyError(f"expected a label column {label!r} in the data, got columns {columns}")
+        check_columns(dataset, label)
         return label
-    return next((name for name in ("label", "labels") if name in columns), None)
+    return next((name for name in ("label", "labels") if name in dataset.column_names), None)

@@ -1,0 +1,92 @@
+"""Fine-tune on multiple choice: an encoder that scores question and choice, or a language model asked for it.
+
+python models/multiple_choice.py --base builtin --data FOLDER
+python models/multiple_choice.py --base meta-llama/Llama-2-7b-hf --form letter --data allenai/ai2_arc:ARC-Easy
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from sequence_classification import load_splits
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMultipleChoice, AutoTokenizer
+
+import pyro_lrblora as lb
+from pyro_lrblora.networks import AnswerScorer, MeanPoolClassifier, builtin_base
+
+
+def load(base: str, form: str, mean_pool: bool, dtype: str, choices: int):
+    """The network of a form, its tokenizer, the likelihood, and what turns rows into batches."""
+    likelihood = lb.likelihoods.MultipleChoice()
+    if form == "pair":
+        if base == "builtin":
+            network, tokenizer = builtin_base(num_labels=1)
+            return network, tokenizer, likelihood, lb.data.Choices
+        tokenizer = AutoTokenizer.from_pretrained(base)
+        if mean_pool:
+            network = MeanPoolClassifier(AutoModel.from_pretrained(base, dtype=dtype), 1)
+        else:
+            network = AutoModelForMultipleChoice.from_pretrained(base, dtype=dtype)
+        return network, tokenizer, likelihood, lb.data.Choices
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    network = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    if form == "answer":
+        batches = lambda *args, **options: lb.data.Choices(*args, pair=False, **options)
+        return AnswerScorer(network, per_token=True), tokenizer, likelihood, batches
+    letters = lb.likelihoods.letter_tokens(tokenizer, choices)
+    return network, tokenizer, lb.likelihoods.MultipleChoice(letters), lb.data.Letters
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base", default="builtin", help="hub id or folder; 'builtin' is MiniLM")
+    parser.add_argument("--form", default="pair", choices=["pair", "answer", "letter"])
+    parser.add_argument("--mean-pool", action="store_true", help="mean pooling, for sentence encoders")
+    parser.add_argument("--data", required=True, help="folder of parquet files, or hub name (name:config)")
+    parser.add_argument("--question", default="question")
+    parser.add_argument("--choices", type=int, default=4, help="items with another number of choices are left out")
+    parser.add_argument("--guides", nargs="+", default=["Delta", "LowRankPrecision"])
+    parser.add_argument("--prior-scale", type=float, default=0.1)
+    parser.add_argument("--projection", default="Gradient", choices=["SVD", "WhitenedSVD", "Gradient", "Random"])
+    parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument("--targets", default="all-linear")
+    parser.add_argument("--layers", type=int, nargs="*")
+    parser.add_argument("--rows", type=int, default=500)
+    parser.add_argument("--test-rows", type=int, default=300)
+    parser.add_argument("--max-length", type=int, default=256)
+    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--draws", type=int, default=10)
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+
+    network, tokenizer, likelihood, form = load(args.base, args.form, args.mean_pool, args.dtype, args.choices)
+    splits = load_splits(args.data, args.rows, 200, args.test_rows, args.seed)
+    splits = [rows.filter(lambda row: len(row["choices"]) == args.choices) for rows in splits]
+    how = {"question": args.question, "batch_size": args.batch_size, "max_length": args.max_length}
+    train = form(splits[0], tokenizer, shuffle=args.seed, **how)
+    validation, test = (form(rows, tokenizer, by_length=True, **how) for rows in splits[1:])
+    adapter = lb.LoRAXS(args.rank, getattr(lb.projections, args.projection)(), args.targets, args.layers)
+    model = lb.BayesianLoRA(network, adapter, lb.priors.Normal(args.prior_scale), likelihood, tokenizer=tokenizer)
+    model = model.prepare(train)
+    print(f"{len(model.modules)} adapted modules, {model.sites.size} latents, {train.rows} items")
+    posteriors = {
+        name: lb.fit(
+            model, train, validation=validation, guide=getattr(lb.guides, name)(), epochs=args.epochs, seed=args.seed
+        )
+        for name in args.guides
+    }
+    table = lb.compare(posteriors, test, train=train, validation=validation, draws=args.draws)
+    print(table)
+    if args.out:
+        posteriors[args.guides[-1]].save(args.out)
+        table.to_csv(args.out / "table.csv")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,18 @@
+"""From a datasets.Dataset, or batches already made, to the batches a model takes: one file per kind of task."""
+
+from .batches import Batch, Batches, EncodedBatches, as_batches, batch_rows, endless, naming_the_batch
+from .choices import Choices, Letters
+from .texts import Texts
+
+__all__ = [
+    "Batch",
+    "Batches",
+    "Choices",
+    "EncodedBatches",
+    "Letters",
+    "Texts",
+    "as_batches",
+    "batch_rows",
+    "endless",
+    "naming_the_batch",
+]

@@ -1,0 +1,53 @@
+"""What any likelihood says of a network's outputs: the labels' distribution, what is kept of a draw, the prediction."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import pyro
+from pyro import poutine
+from pyro.distributions import TorchDistribution
+from torch import Tensor
+
+from ..data.batches import batch_rows
+from ..predictions import Prediction
+from .categorical import logits_of
+
+
+def label_site(likelihood: Callable, outputs, batch: Mapping[str, Tensor]) -> tuple[TorchDistribution, Tensor]:
+    """The distribution that a likelihood gives the labels, batch shape (B,), and the labels themselves.
+
+    Args:
+        likelihood: a Pyro program.
+        outputs: what the network returned.
+        batch: without "labels" the second value is a draw.
+
+    Raises:
+        TypeError: no site is named "labels".
+    """
+    with poutine.block(), pyro.plate("data", batch_rows(batch), dim=-1):
+        trace = poutine.trace(likelihood).get_trace(outputs, batch)
+    if "labels" not in trace.nodes:
+        raise TypeError(f"expected the likelihood to sample a site named 'labels', got {likelihood!r}")
+    return trace.nodes["labels"]["fn"], trace.nodes["labels"]["value"]
+
+
+def class_logits(likelihood: Callable, outputs, batch: Mapping[str, Tensor]) -> Tensor:
+    """The logits (B, C) of a likelihood of classes; of a user's own function, what the network returned."""
+    return likelihood.logits(outputs, batch) if hasattr(likelihood, "logits") else logits_of(outputs)
+
+
+def summary(likelihood: Callable, outputs, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What `predict` keeps of one draw's outputs: tensors (B, ...) by name."""
+    if hasattr(likelihood, "summary"):
+        return likelihood.summary(outputs, batch)
+    return {"logits": class_logits(likelihood, outputs, batch)}
+
+
+def prediction(
+    likelihood: Callable, summaries: Mapping[str, Tensor], labels: Tensor | None, class_names: Sequence[str] | None
+):
+    """What `predict` returns, from the summaries (S, N, ...) of all draws and rows."""
+    if hasattr(likelihood, "prediction"):
+        return likelihood.prediction(summaries, labels, class_names)
+    return Prediction(summaries["logits"], labels, class_names)

@@ -1,0 +1,374 @@
+"""Multiple choice, language models and regression: against transformers' own scores, exact posteriors, and errors."""
+
+import datasets
+import pyro
+import pytest
+import torch
+import transformers
+from conftest import LinearNetwork, tiny_bert, tiny_tokenizer
+from pyro.infer import Trace_ELBO
+from scipy import integrate, stats
+
+import pyro_lrblora as lb
+from pyro_lrblora.likelihoods import label_site
+from pyro_lrblora.likelihoods.multiple_choice import letter_tokens
+from pyro_lrblora.networks import AnswerScorer, MeanPoolClassifier
+
+WORDS = ["good", "bad", "film", "the", "was", "plot", "very", "not", "great", "dull"]
+
+
+def tiny_llama(seed: int = 1, vocab: int = 12):
+    torch.manual_seed(seed)
+    config = transformers.LlamaConfig(
+        vocab_size=vocab, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+        max_position_embeddings=32, initializer_range=0.3, pad_token_id=0, bos_token_id=None, eos_token_id=None,
+        num_key_value_heads=1,
+    )  # fmt: skip
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+def tiny_t5(seed: int = 1):
+    torch.manual_seed(seed)
+    config = transformers.T5Config(
+        vocab_size=12, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2, decoder_start_token_id=0, pad_token_id=0,
+        eos_token_id=None,
+    )  # fmt: skip
+    return transformers.T5ForConditionalGeneration(config).eval()
+
+
+def tiny_texts(rows: int = 24, seed: int = 0):
+    generator = torch.Generator().manual_seed(seed)
+    pick = lambda high, size: torch.randint(high, (size,), generator=generator).tolist()
+    text = lambda n: " ".join(WORDS[i] for i in pick(len(WORDS), n))
+    lengths = pick(6, rows)
+    return datasets.Dataset.from_dict(
+        {"text": [text(2 + n) for n in lengths], "prompt": [text(2 + n) for n in reversed(lengths)]}
+    )
+
+
+def tiny_items(rows: int = 20, choices: int = 3, seed: int = 0):
+    generator = torch.Generator().manual_seed(seed)
+    pick = lambda high, size: torch.randint(high, (size,), generator=generator).tolist()
+    text = lambda n: " ".join(WORDS[i] for i in pick(len(WORDS), n))
+    return datasets.Dataset.from_dict(
+        {
+            "question": [text(2 + n) for n in pick(4, rows)],
+            "choices": [[text(1 + n) for n in pick(3, choices)] for _ in range(rows)],
+            "label": pick(choices, rows),
+        }
+    )
+
+
+# --- next token
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("prompt", [None, "prompt"])
+def test_next_token_is_the_loss_of_transformers(prompt, side):
+    tokenizer = tiny_tokenizer()
+    tokenizer.padding_side = side
+    network = tiny_llama()
+    batches = lb.data.Texts(tiny_texts(), tokenizer, prompt=prompt, batch_size=5)
+    model = lb.BayesianLoRA(network, lb.LoRAXS(2), likelihood=lb.likelihoods.NextToken()).prepare(batches)
+    posterior = lb.fit(model, batches, steps=1, rates=lb.Rates(0, 0, 0, 0), guide=lb.guides.Delta(), progress=False)
+    found = lb.predict(posterior, batches, draws=1)
+    losses, tokens = 0.0, 0
+    for batch in batches:
+        scored = int((batch["labels"][:, 1:] != -100).sum())
+        with torch.no_grad():
+            losses += float(network(**batch).loss) * scored
+        tokens += scored
+    assert found.nll == pytest.approx(losses / tokens, abs=1e-5)
+    assert int(found.scored.sum()) == tokens
+    assert found.log_likelihood.sum().item() == pytest.approx(-losses, rel=1e-5)
+
+
+def test_prompts_are_read_and_not_scored():
+    data, tokenizer = tiny_texts(), tiny_tokenizer()
+    batches = lb.data.Texts(data, tokenizer, prompt="prompt")
+    for row, labels in zip(data, batches.labels, strict=True):
+        assert [WORDS[i - 2] for i in labels[labels != -100].tolist()] == row["text"].split()
+
+
+def test_sequence_to_sequence_is_the_loss_of_transformers():
+    network, tokenizer = tiny_t5(), tiny_tokenizer()
+    batches = lb.data.Texts(tiny_texts(), tokenizer, prompt="prompt", decoder=network, batch_size=5)
+    model = lb.BayesianLoRA(network, lb.LoRAXS(2), likelihood=lb.likelihoods.NextToken())
+    posterior = lb.fit(model, batches, steps=2, guide=lb.guides.LowRank(2), progress=False)
+    assert len(posterior.history) == 1
+    first = next(iter(batches))
+    with torch.no_grad():
+        outputs = network(**first)
+        inputs = {name: value for name, value in first.items() if name != "labels"}
+        assert torch.equal(network(**inputs).logits, outputs.logits)  # the decoder's inputs are those made from labels
+    labels, observed = label_site(model.likelihood, outputs, first)
+    total = -labels.log_prob(observed).sum() / (first["labels"] != -100).sum()
+    torch.testing.assert_close(total, outputs.loss)
+
+
+def test_packing_is_off_and_loses_nothing_when_on():
+    data, tokenizer = tiny_texts(), tiny_tokenizer()
+    plain, packed = (lb.data.Texts(data, tokenizer, packed=on, max_length=10) for on in (False, True))
+    assert plain.rows == len(data)
+    assert torch.equal(plain.labels[plain.labels != -100], packed.labels[packed.labels != -100])
+    assert (packed.labels[:-1] != -100).all()
+
+
+@pytest.mark.parametrize("guide", [lb.guides.LowRankPrecision(2), lb.guides.Delta()], ids=str)
+def test_a_language_model_learns_its_texts(guide):
+    """Texts of one word repeated: learnable, and the same functions for every row and batch size."""
+    words = [w for w in WORDS for _ in range(4)]
+    data = datasets.Dataset.from_dict({"text": [" ".join([w] * (3 + i % 3)) for i, w in enumerate(words)]})
+    batches = lb.data.Texts(data, tiny_tokenizer(), batch_size=10, shuffle=0)
+    model = lb.BayesianLoRA(
+        tiny_llama(), lb.LoRAXS(8, targets="all-linear"), lb.priors.Normal(1.0), lb.likelihoods.NextToken()
+    )
+    posterior = lb.fit(model, batches, guide=guide, epochs=15, rates=lb.Rates(loc=3e-2), progress=False)
+    start = lb.fit(model, batches, steps=1, rates=lb.Rates(0, 0, 0, 0), guide=lb.guides.Delta(), progress=False)
+    one = lambda size: lb.predict(posterior, lb.data.Texts(data, tiny_tokenizer(), batch_size=size), draws=4)
+    assert one(40).nll < lb.predict(start, batches, draws=1).nll - 0.5
+    torch.testing.assert_close(one(40).token_log_probs, one(7).token_log_probs, atol=1e-4, rtol=1e-4)
+    folded = lb.predict(posterior, lb.data.Texts(data, tiny_tokenizer()), draws=4, fold=4)
+    torch.testing.assert_close(folded.token_log_probs, one(40).token_log_probs, atol=1e-4, rtol=1e-4)
+    table = lb.compare({"a": posterior}, batches, train=batches)
+    assert table.loc["a", "perplexity"] == pytest.approx(
+        table.loc["a", "NLL"].__class__(torch.tensor(table.loc["a", "NLL"]).exp())
+    )
+    assert "ECE (15 bins)" not in table
+    assert posterior.is_point or table["ELBO per row"].notna().any()
+
+
+# --- multiple choice
+
+
+def test_choices_are_scored_as_by_transformers():
+    torch.manual_seed(0)
+    config = tiny_bert().config
+    network = transformers.BertForMultipleChoice(config).eval()
+    batches = lb.data.Choices(tiny_items(), tiny_tokenizer(), batch_size=6, max_length=20)
+    model = lb.BayesianLoRA(network, lb.LoRAXS(2), likelihood=lb.likelihoods.MultipleChoice()).prepare(
+        batches, probe=False
+    )
+    posterior = lb.fit(model, batches, steps=1, rates=lb.Rates(0, 0, 0, 0), guide=lb.guides.Delta(), progress=False)
+    found = lb.predict(posterior, batches, draws=1)
+    with torch.no_grad():
+        expected = torch.cat([network(**{k: v for k, v in b.items() if k != "labels"}).logits for b in batches])
+    torch.testing.assert_close(found.logits[0], expected, atol=1e-5, rtol=1e-5)
+    assert found.class_names is None
+    trained = lb.fit(model, batches, steps=2, draws="row", progress=False)
+    assert set(lb.compare({"a": trained}, batches, validation=batches).columns) >= {
+        "accuracy",
+        "ECE (15 bins)",
+        "temperature",
+    }
+
+
+def test_the_probe_of_choices_is_a_conditional_logit():
+    """The right choice has a marker in its features: the probe finds it, and is the maximum of its own posterior."""
+    encoder = tiny_bert().bert
+    items = tiny_items(60)
+    marked = [[c + (" great" if i == row["label"] else " dull") for i, c in enumerate(row["choices"])] for row in items]
+    items = items.remove_columns("choices").add_column("choices", marked)
+    batches = lb.data.Choices(items, tiny_tokenizer(), max_length=20)
+    model = lb.BayesianLoRA(MeanPoolClassifier(encoder, 1), likelihood=lb.likelihoods.MultipleChoice(), head_scale=1.0)
+    head = model.prepare(batches).head_start
+
+    def log_joint(weight):
+        with torch.no_grad():
+            outputs = [model.pretrained_outputs(b, {**head, "classifier.weight": weight}) for b in batches]
+        fits = [
+            o.logits.log_softmax(-1)[range(len(b["labels"])), b["labels"]]
+            for o, b in zip(outputs, batches, strict=True)
+        ]
+        return float(torch.cat(fits).sum() - 0.5 * weight.square().sum())
+
+    best = log_joint(head["classifier.weight"])
+    assert best > log_joint(torch.zeros(1, 16)) + 5
+    assert all(best > log_joint(head["classifier.weight"] + 0.1 * torch.randn(1, 16)) for _ in range(4))
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("per_token", [False, True])
+def test_answers_are_scored_by_their_tokens(side, per_token):
+    """Each row alone, without padding, through the bare language model."""
+    tokenizer, network = tiny_tokenizer(), tiny_llama()
+    tokenizer.padding_side = side
+    items = tiny_items(6)
+    batches = lb.data.Choices(items, tokenizer, pair=False, batch_size=4, max_length=20)
+    scorer = AnswerScorer(network, per_token)
+    with torch.no_grad():
+        found = torch.cat([scorer(**{k: v for k, v in b.items() if k != "labels"}).logits for b in batches])
+        for number, row in enumerate(items):
+            for place, choice in enumerate(row["choices"]):
+                before, after = (tokenizer(t, return_tensors="pt")["input_ids"] for t in (row["question"], choice))
+                log_probs = network(torch.cat([before, after], 1)).logits.log_softmax(-1)[0]
+                each = [log_probs[before.shape[1] - 1 + i, t] for i, t in enumerate(after[0])]
+                expected = sum(each) / (len(each) if per_token else 1)
+                assert found[number, place].item() == pytest.approx(expected.item(), abs=1e-4)
+    model = lb.BayesianLoRA(scorer, lb.LoRAXS(2), likelihood=lb.likelihoods.MultipleChoice())
+    fitted = lb.fit(model, batches, steps=2, draws="row", progress=False)
+    assert lb.predict(fitted, batches, draws=3).logits.shape == (3, 6, 3)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_letters_are_read_after_the_last_token(side):
+    tokenizer, network = letter_tokenizer(), tiny_llama(vocab=20)
+    tokenizer.padding_side = side
+    letters = letter_tokens(tokenizer, 3)
+    items, likelihood = tiny_items(6), lb.likelihoods.MultipleChoice(letters)
+    batches = lb.data.Letters(items, tokenizer, template="{question} {choices} :", batch_size=4, max_length=32)
+    model = lb.BayesianLoRA(network, lb.LoRAXS(2), likelihood=likelihood)
+    posterior = lb.fit(model, batches, steps=1, rates=lb.Rates(0, 0, 0, 0), guide=lb.guides.Delta(), progress=False)
+    found = lb.predict(posterior, batches, draws=1).logits[0]
+    for number, row in enumerate(items):
+        listed = "\n".join(f"{letter}. {choice}" for letter, choice in zip("ABC", row["choices"], strict=True))
+        ids = tokenizer(f"{row['question']} {listed} :", return_tensors="pt")["input_ids"]
+        with torch.no_grad():
+            expected = network(ids).logits[0, -1, list(letters)]
+        if side == "right":  # on the left, absolute positions would differ, which Llama's rotary ones do not mind
+            torch.testing.assert_close(found[number], expected, atol=1e-4, rtol=1e-4)
+        else:
+            torch.testing.assert_close(found[number], expected, atol=1e-3, rtol=1e-3)
+
+
+def letter_tokenizer():
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    vocabulary = {word: i for i, word in enumerate(["[PAD]", "[UNK]", *WORDS, "A", "B", "C", ".", ":"])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", model_max_length=32
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda row: {"choices": row["choices"][:2] if row["label"] == 0 else row["choices"]},
+            "same number of choices",
+        ),
+        (lambda row: {"choices": [" ", *row["choices"][1:]]}, "a text for every choice"),
+        (lambda row: {"question": "good " * 40}, "at most 16 tokens"),
+        (lambda row: {"label": 7}, "expected labels 0..2"),
+    ],
+)
+@pytest.mark.parametrize("form", [lb.data.Choices, lb.data.Letters])
+def test_bad_items_are_refused(form, change, message):
+    items = tiny_items(12)
+    data = form(items, tiny_tokenizer(), max_length=30)
+    assert data.rows == 12
+    with pytest.raises(ValueError, match=message):
+        form(items.map(change), tiny_tokenizer(), max_length=30 if "tokens" not in message else 16)
+
+
+def test_a_letter_that_is_not_in_the_vocabulary_is_refused():
+    with pytest.raises(ValueError, match="letter 'A' to be one token"):
+        letter_tokens(tiny_tokenizer(), 3)
+
+
+# --- numbers
+
+
+def regression(scale: float = 0.3, rows: int = 40, seed: int = 0):
+    """A linear network with one output: the posterior of R is known exactly."""
+    torch.manual_seed(seed)
+    network = LinearNetwork(outputs=1, inputs=7).requires_grad_(False)
+    adapter = lb.LoRAXS(1, lb.projections.Random(), targets="all-linear")
+    model = lb.BayesianLoRA(network, adapter, lb.priors.Normal(2.0), lb.likelihoods.Gaussian(scale), size=rows)
+    basis = next(iter(model.adapted.bases.values()))
+    x = torch.randn(rows, 7)
+    direction = (x @ basis.A.T @ basis.B.T).squeeze(-1)
+    y = network(x).squeeze(-1) + 1.5 * direction + scale * torch.randn(rows)
+    precision = float(direction.square().sum() / scale**2 + 1 / 4)
+    mean = float((direction * (y - network(x).squeeze(-1))).sum() / scale**2 / precision)
+    return model, [{"x": x, "labels": y}], direction, mean, precision
+
+
+def test_gaussian_regression_finds_the_exact_posterior_and_predictive():
+    model, data, direction, mean, precision = regression()
+    posterior = lb.fit(model, data, guide=lb.guides.FullRank(), steps=800, rates=lb.Rates(loc=2e-2), progress=False)
+    assert posterior.mean()["R"].item() == pytest.approx(mean, abs=0.01)
+    assert posterior.covariance().variance.item() == pytest.approx(1 / precision, rel=0.1)
+    found = lb.predict(posterior, data, draws=2000)
+    torch.testing.assert_close(found.model_sd, direction.abs() / precision**0.5, rtol=0.1, atol=1e-4)
+    torch.testing.assert_close(found.data_sd, torch.full_like(found.data_sd, 0.3))
+    exact = stats.norm(
+        model.network(data[0]["x"]).squeeze(-1) + mean * direction, (direction**2 / precision + 0.09).sqrt()
+    )
+    assert found.nll == pytest.approx(-exact.logpdf(data[0]["labels"]).mean(), abs=0.01)
+    table = lb.compare({"a": posterior}, data, validation=data, train=data)
+    assert {"RMSE", "NLL", "CRPS", "CRPS - best", "in 90% interval", "ELBO per row"} <= set(table.columns)
+    assert "a, temperature" not in table.index
+    groups = posterior.to_arviz(data)
+    assert groups.log_likelihood["labels"].shape == (1, 100, 40)
+    assert groups.posterior_predictive["labels"].shape == (1, 100, 40)
+    assert lb.diagnose(posterior, data, train=data).tally["good"] > 0
+
+
+def test_crps_is_its_integral():
+    generator = torch.Generator().manual_seed(0)
+    new = lambda *shape: torch.randn(*shape, generator=generator).double()
+    loc, scale, labels = new(3, 5), new(3, 5).exp(), 2 * new(5)
+    found = lb.metrics.crps_of_normals(loc, scale, labels)
+    for row in range(5):
+        cdf = lambda z, row=row: stats.norm(loc[:, row], scale[:, row]).cdf(z).mean()
+        y = labels[row].item()
+        low = integrate.quad(lambda z: cdf(z) ** 2, -40, y, limit=200)[0]  # noqa: B023
+        high = integrate.quad(lambda z: (1 - cdf(z)) ** 2, y, 40, limit=200)[0]  # noqa: B023
+        assert found[row] == pytest.approx(low + high, abs=1e-6)
+
+
+def test_heteroscedastic_probe_finds_mean_and_noise():
+    """A head on frozen features whose labels have a known noise."""
+    encoder = tiny_bert().bert
+    torch.manual_seed(0)
+    inputs = torch.randint(1, 60, (400, 7))
+    network = MeanPoolClassifier(encoder, 2)
+    mask = torch.ones_like(inputs)
+    with torch.no_grad():
+        features = encoder(input_ids=inputs, attention_mask=mask).last_hidden_state.mean(1)
+    labels = features @ torch.randn(16) + 0.5 * torch.randn(400)
+    data = [{"input_ids": inputs, "attention_mask": mask, "labels": labels}]
+    model = lb.BayesianLoRA(network, likelihood=lb.likelihoods.Gaussian(), head_scale=1.0).prepare(data)
+    posterior = lb.fit(model, data, guide=lb.guides.Delta(), steps=1, rates=lb.Rates(0, 0, 0, 0), progress=False)
+    found = lb.predict(posterior, data, draws=1)
+    assert found.scale.mean().item() == pytest.approx(0.5, abs=0.1)
+    assert (found.mean - labels).square().mean().sqrt().item() < 0.6
+
+
+def test_bad_numbers_are_refused():
+    model, data, *_ = regression()
+    with pytest.raises(ValueError, match="finite numbers"):
+        lb.fit(model, [{**data[0], "labels": data[0]["labels"] * float("nan")}], progress=False)
+    with pytest.raises(ValueError, match=r"scale > 0"):
+        lb.likelihoods.Gaussian(-1.0)
+    two = lb.BayesianLoRA(tiny_bert(2), likelihood=lb.likelihoods.Gaussian(1.0))
+    with pytest.raises(ValueError, match="num_labels=1"):
+        lb.fit(two, data, progress=False)
+
+
+def test_a_text_without_tokens_to_score_is_refused():
+    batches = lb.data.Texts(datasets.Dataset.from_dict({"text": ["good"]}), tiny_tokenizer())
+    model = lb.BayesianLoRA(tiny_llama(), likelihood=lb.likelihoods.NextToken())
+    with pytest.raises(ValueError, match="at least one token to score"):
+        lb.fit(model, batches, progress=False)
+    with pytest.raises(ValueError, match="prompts shorter than"):
+        lb.data.Texts(datasets.Dataset.from_dict({"text": ["good"], "p": ["bad " * 20]}), tiny_tokenizer(), prompt="p")
+    with pytest.raises(ValueError, match="lb.data.Texts"):
+        lb.fit(model, [{"input_ids": torch.ones(2, 3).long(), "labels": torch.ones(2).long()}], progress=False)
+
+
+def test_the_elbo_of_texts_is_pyros_own():
+    """One row is one observation: the model's bound is what Trace_ELBO makes of it."""
+    batches = lb.data.Texts(tiny_texts(12), tiny_tokenizer(), batch_size=12)
+    model = lb.BayesianLoRA(tiny_llama(), lb.LoRAXS(2), likelihood=lb.likelihoods.NextToken()).prepare(batches)
+    batch = next(iter(batches))
+    guide = lb.guides.Delta()(model)
+    loss = Trace_ELBO().loss(model, guide, batch)
+    with torch.no_grad():
+        outputs = model.network(**batch)
+    scored = (batch["labels"][:, 1:] != -100).sum()
+    prior = pyro.distributions.Normal(0.0, 0.1).log_prob(torch.zeros(model.sites.size)).sum()
+    assert loss == pytest.approx(float(outputs.loss * scored - prior), rel=1e-5)
