@@ -42,12 +42,13 @@ def main() -> None:
     network = AutoModelForCausalLM.from_pretrained(args.base, dtype=args.dtype)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    splits = load_splits(args.data, args.rows, 100, args.test_rows, args.seed)
     train, validation, test = (
         lb.data.Texts(
             rows, tokenizer, text=args.text, prompt=args.prompt_column, max_length=args.max_length,
             batch_size=args.batch_size, shuffle=shuffle, by_length=shuffle is None,
         )
-        for rows, shuffle in zip(load_splits(args.data, args.rows, 100, args.test_rows, args.seed), (args.seed, None, None))
+        for rows, shuffle in zip(splits, (args.seed, None, None), strict=True)
     )  # fmt: skip
     adapter = lb.LoRAXS(args.rank, getattr(lb.projections, args.projection)(), args.targets, args.layers)
     model = lb.BayesianLoRA(
