@@ -13,6 +13,7 @@ from . import (
     plots,
     priors,
     projections,
+    sharing,
 )
 from .adapters import LoRA, LoRAXS
 from .comparison import Comparison, compare
@@ -23,6 +24,7 @@ from .head import FixedHead
 from .infer import ChainsNotConverged, Rates, ScalesNotConverged
 from .infer import svi as fit
 from .model import BayesianLoRA
+from .peft_io import import_peft
 from .posterior import Posterior, fixed_from
 from .predictions import NumberPrediction, Prediction, TokenPrediction
 from .predictive import predict
@@ -56,6 +58,7 @@ __all__ = [
     "fixed_from",
     "generate",
     "guides",
+    "import_peft",
     "infer",
     "likelihoods",
     "metrics",
@@ -64,4 +67,5 @@ __all__ = [
     "priors",
     "projections",
     "report",
+    "sharing",
 ]

@@ -175,6 +175,31 @@ class Posterior:
 
         return load(folder, network, tokenizer=tokenizer, prior=prior, likelihood=likelihood, guide=guide)
 
+    def save_pretrained(self, folder, **options) -> None:
+        """`save`, with a model card beside it as README.md; see pyro_lrblora.sharing.save_pretrained."""
+        from .sharing import save_pretrained
+
+        save_pretrained(self, folder, **options)
+
+    @staticmethod
+    def from_pretrained(source, network, **options) -> Posterior:
+        """`load` from a folder, or from a repository on the hub; see pyro_lrblora.sharing.from_pretrained."""
+        from .sharing import from_pretrained
+
+        return from_pretrained(source, network, **options)
+
+    def push_to_hub(self, repo_id: str, **options) -> str:
+        """What `save_pretrained` writes, as one commit to the hub; see pyro_lrblora.sharing.push_to_hub."""
+        from .sharing import push_to_hub
+
+        return push_to_hub(self, repo_id, **options)
+
+    def export_peft(self, folder, draws: int | None = None, seed: int = 0) -> None:
+        """Write the mean, or draws, as ordinary PEFT LoRA adapters; see pyro_lrblora.peft_io.export_peft."""
+        from .peft_io import export_peft
+
+        export_peft(self, folder, draws, seed)
+
     def to_arviz(self, data=None, draws: int | None = None, seed: int = 0):
         """The posterior's draws, prior draws, and predictions on `data` as ArviZ data; see pyro_lrblora.arviz_io."""
         from .arviz_io import to_arviz

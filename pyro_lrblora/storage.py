@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 from importlib.metadata import version
@@ -11,7 +12,6 @@ from pathlib import Path
 import pyro
 import torch
 from pyro.infer.autoguide import AutoGuide
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -22,7 +22,8 @@ from .head import FixedHead
 from .model import BayesianLoRA
 from .posterior import Posterior, local_parameters
 
-_FORMAT = "pyro_lrblora posterior, version 1"
+_FORMAT = "pyro_lrblora posterior, version 2"
+FILES = ("posterior.json", "posterior.safetensors")
 _PROBES = 16  # values kept of every base parameter, to recognise the base
 
 
@@ -47,11 +48,11 @@ def save(posterior: Posterior, folder) -> None:
         "pyro_lrblora": version("pyro_lrblora"),
         "network": type(model.network).__name__,
         "base": names,
-        "adapter": _describe(model.adapter),
+        "adapter": describe(model.adapter),
         "modules": {name: list(base_weight(module).shape) for name, module in model.modules.items()},
-        "prior": _describe(model.prior),
-        "likelihood": _describe(model.likelihood),
-        "guide": _describe(posterior.guide_spec),
+        "prior": describe(model.prior),
+        "likelihood": describe(model.likelihood),
+        "guide": describe(posterior.guide_spec),
         "head": "fixed" if isinstance(model.head, FixedHead) else model.head,
         "head_modules": model.head_modules,
         "head_scale": model.head_scale,
@@ -62,8 +63,12 @@ def save(posterior: Posterior, folder) -> None:
     }
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    _replace(folder / "posterior.safetensors", lambda path: save_file(_plain(tensors), path))
-    _replace(folder / "posterior.json", lambda path: path.write_text(json.dumps(card, indent=1)))
+    partial = [folder / f"{name}.partial" for name in FILES]
+    save_file(_plain(tensors), partial[1])
+    partial[0].write_text(json.dumps(card | {"sha256": _sha256(partial[1])}, indent=1))
+    # Both are whole before either takes the old one's place; a crash between the two moves shows in the hash.
+    for path, name in zip(partial, FILES, strict=True):
+        os.replace(path, folder / name)
 
 
 @local_parameters
@@ -117,19 +122,26 @@ def load(folder, network: nn.Module, *, tokenizer=None, prior=None, likelihood=N
 
 
 def _read(folder: Path) -> tuple[dict, dict[str, Tensor]]:
+    missing = [name for name in FILES if not (folder / name).is_file()]
+    if missing:
+        raise ValueError(f"expected {' and '.join(FILES)} in {folder}, missing {' and '.join(missing)}")
     try:
-        card = json.loads((folder / "posterior.json").read_text())
-        tensors = load_file(folder / "posterior.safetensors")
-    except FileNotFoundError as error:
-        missing = error.filename or "posterior.safetensors"
-        raise ValueError(f"expected posterior.json and posterior.safetensors in {folder}, missing {missing}") from None
-    except (ValueError, SafetensorError) as error:
+        card = json.loads((folder / FILES[0]).read_text())
+    except ValueError as error:
         raise ValueError(f"expected a posterior in {folder}, got a file that cannot be read: {error}") from error
     if not isinstance(card, dict) or card.get("format") != _FORMAT:
         raise ValueError(f"expected a file of format {_FORMAT!r} in {folder}, got {str(card)[:80]!r}")
-    if "base" not in tensors:
-        raise ValueError(f"expected a posterior in {folder}, got a safetensors file without the base's fingerprint")
-    return card, tensors
+    if card.get("sha256") != _sha256(folder / FILES[1]):
+        raise ValueError(
+            f"expected the {FILES[1]} that {FILES[0]} in {folder} was saved with, got a damaged one or one of another "
+            "save; copy both files of one save, or save again"
+        )
+    return card, load_file(folder / FILES[1])
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _base_probe(network: nn.Module, head: set[str]) -> tuple[list[str], Tensor]:
@@ -160,14 +172,14 @@ def _check_base(network: nn.Module, head: set[str], names: list[str], saved: Ten
         )
 
 
-def _describe(spec) -> dict:
+def describe(spec) -> dict:
     """A spec as JSON: its class and fields; a user's own function by its repr only."""
     if dataclasses.is_dataclass(spec) and type(spec).__module__.startswith(__package__):
 
         def nested(value):
             if isinstance(value, list | tuple | range):
                 return [nested(v) for v in value]
-            return _describe(value) if dataclasses.is_dataclass(value) or isinstance(value, type) else value
+            return describe(value) if dataclasses.is_dataclass(value) or isinstance(value, type) else value
 
         fields = {f.name: nested(getattr(spec, f.name)) for f in dataclasses.fields(spec)}
         return {"type": type(spec).__name__, "fields": fields}
@@ -204,10 +216,3 @@ def _autoguide(name: str) -> type[AutoGuide]:
 
 def _plain(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
-
-
-def _replace(path: Path, write) -> None:
-    """Write beside the target and move into place, so that a crash leaves the old file whole."""
-    partial = path.with_name(path.name + ".partial")
-    write(partial)
-    os.replace(partial, path)

@@ -109,6 +109,28 @@ class BoundLoRA:
         """The update W - W0 as a product (m, r) @ (r, n), float32."""
         return latent[1] * self.scaling, latent[0]
 
+    def closest(self, updates: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+        """The latents whose updates are closest to given ones in Frobenius norm, by site; the start where none is.
+
+        Of all pairs with the same product, A and B have the smallest norms (a truncated SVD, shared equally). Rows of A
+        that the update leaves over stay at their start, or they and their zero columns of B would never move.
+
+        Args:
+            updates: by module, factors (m, k) and (k, n) of W - W0.
+        """
+        values = self.start()
+        pairs = self.per_module(values)
+        for module, (left, right) in updates.items():
+            a, b = pairs[module]
+            q_left, t_left = torch.linalg.qr(left.cpu().double())
+            q_right, t_right = torch.linalg.qr(right.cpu().double().T)
+            u, s, vh = torch.linalg.svd(t_left @ t_right.T)
+            kept = min(int((s > 1e-12 * s[0]).sum()), len(a))
+            root = (s[:kept] / self.scaling).sqrt()
+            a[:kept] = root[:, None] * (vh[:kept] @ q_right.T)
+            b[:, :kept] = (q_left @ u[:, :kept]) * root
+        return values
+
     def tensors(self) -> dict[str, Tensor]:
         """The start of A, to be saved with a posterior."""
         return dict(self.initial_a)

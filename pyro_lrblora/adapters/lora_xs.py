@@ -133,6 +133,20 @@ class BoundLoRAXS:
         basis = self.bases[module]
         return basis.B @ latent[0].to(basis.B.device), basis.A
 
+    def closest(self, updates: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+        """The latents whose updates are closest to given ones in Frobenius norm, by site; zero where none is.
+
+        Args:
+            updates: by module, factors (m, k) and (k, n) of W - W0.
+        """
+        values = self.start()
+        cores = self.per_module(values)
+        for module, (left, right) in updates.items():
+            a, b = self.bases[module].A.cpu().double(), self.bases[module].B.cpu().double()
+            core = (torch.linalg.pinv(b) @ left.cpu().double()) @ (right.cpu().double() @ torch.linalg.pinv(a))
+            cores[module][0].copy_(core)
+        return values
+
     def tensors(self) -> dict[str, Tensor]:
         """The frozen factors, to be saved with a posterior: R means nothing without them."""
         named = {}

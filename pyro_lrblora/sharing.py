@@ -1,0 +1,291 @@
+"""A posterior with a model card, in a folder or on the Hugging Face hub."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Mapping
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+
+import datasets
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from .posterior import Posterior
+from .storage import FILES, describe, load, save
+
+_LIBRARIES = ("pyro_lrblora", "torch", "pyro-ppl", "transformers")
+_CARD = """---
+{{ card_data }}
+---
+
+# {{ title }}
+
+A posterior over the weights of a LoRA, made with `pyro_lrblora`: not one adapter but a distribution of them, for the
+base it was fitted on. Predictions are averaged over its draws.
+
+```python
+import pyro_lrblora as lb
+
+network = ...  # {{ network }}, loaded from {{ base }}
+posterior = lb.Posterior.from_pretrained("{{ source }}", network, tokenizer=tokenizer{{ own }})
+prediction = lb.predict(posterior, data, draws=32)
+```
+
+The files are JSON and safetensors; nothing is unpickled. The head is in them, the base is not.
+
+## How it was fitted
+
+{{ fit }}
+{% if comparison %}
+## Scores
+
+{{ comparison }}
+{% endif %}"""
+
+
+def save_pretrained(
+    posterior: Posterior,
+    folder,
+    *,
+    base_model: str | None = None,
+    license: str | None = None,
+    comparison: pd.DataFrame | None = None,
+    data=None,
+    source: str | None = None,
+    **metadata,
+) -> None:
+    """Write what Posterior.save writes, and a model card as README.md.
+
+    Args:
+        posterior: what a fit returned.
+        folder: made if it is not there; a posterior and a README.md there are replaced.
+        base_model: the base's id on the hub; None takes the name the network was loaded by, unless that is a folder.
+        license: as the hub spells it, such as "apache-2.0"; None writes none.
+        comparison: what compare returned, as a table in the card.
+        data: the training rows, for their hash in the card; see data_hash.
+        source: what to load it from, as the card shows it; None is the folder's name.
+        **metadata: further entries of huggingface_hub.ModelCardData, such as datasets=["sst2"], language="en".
+    """
+    card = model_card(
+        posterior,
+        base_model=base_model,
+        license=license,
+        comparison=comparison,
+        data=data,
+        source=source or Path(folder).name,
+        **metadata,
+    )
+    save(posterior, folder)
+    card.save(Path(folder) / "README.md")
+
+
+def from_pretrained(
+    source,
+    network: nn.Module,
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir=None,
+    **options,
+) -> Posterior:
+    """A posterior from a folder, or from a repository on the hub where there is no such folder.
+
+    Args:
+        source: a folder, or "owner/name" on the hub.
+        network: the base, freshly loaded, see pyro_lrblora.storage.load.
+        revision: branch, tag or commit on the hub.
+        token: of the hub; None takes the one that is logged in.
+        cache_dir: where files from the hub are kept; None is the hub's own place.
+        **options: tokenizer, prior, likelihood, guide of pyro_lrblora.storage.load.
+
+    Raises:
+        ValueError: neither a folder nor a name that the hub could have; files missing, corrupt, or of another base.
+        ConnectionError: the hub cannot be reached.
+        OSError: the hub has no such repository or revision, or does not show it to this user.
+    """
+    if Path(source).is_dir():
+        return load(source, network, **options)
+    from huggingface_hub import snapshot_download
+
+    with _hub_errors(
+        f"expected {str(source)!r} to be a folder, or a repository on the hub",
+        'download it where there is a connection and write Posterior.from_pretrained("folder/", network)',
+    ):
+        # Only these: a repository may hold anything.
+        folder = snapshot_download(
+            str(source), revision=revision, token=token, cache_dir=cache_dir, allow_patterns=list(FILES)
+        )
+    return load(folder, network, **options)
+
+
+def push_to_hub(
+    posterior: Posterior,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    commit_message: str = "Upload a posterior",
+    **options,
+) -> str:
+    """Upload what save_pretrained writes, as one commit, to a repository that is made if it is not there.
+
+    Args:
+        posterior: what a fit returned.
+        repo_id: "owner/name".
+        private: of a new repository; None is the owner's default.
+        revision: an existing branch; None is main.
+        token: of the hub; None takes the one that is logged in.
+        commit_message: of the commit.
+        **options: of save_pretrained.
+
+    Returns:
+        The commit's address.
+
+    Raises:
+        ValueError: a name that the hub cannot have.
+        ConnectionError: the hub cannot be reached.
+        OSError: the hub refuses.
+    """
+    from huggingface_hub import HfApi
+
+    with tempfile.TemporaryDirectory() as folder:
+        save_pretrained(posterior, folder, **{"source": repo_id} | options)
+        with _hub_errors(
+            f"expected to upload to {repo_id!r}",
+            'write posterior.save_pretrained("folder/") now, and `hf upload` that folder where there is a connection',
+        ):
+            api = HfApi(token=token)
+            api.create_repo(repo_id, private=private, exist_ok=True)
+            commit = api.upload_folder(
+                repo_id=repo_id, folder_path=folder, revision=revision, commit_message=commit_message
+            )
+    return str(commit.commit_url)
+
+
+def model_card(posterior: Posterior, *, base_model, license, comparison, data, source: str, **metadata):
+    """The huggingface_hub.ModelCard that save_pretrained writes; the arguments are the same."""
+    from huggingface_hub import ModelCard, ModelCardData
+
+    model = posterior.model
+    base_model = base_model or _hub_name(model.network)
+    settings = {name: value for name, value in posterior.settings.items() if value is not None}
+    facts = {
+        "base": base_model or "not named",
+        "network": type(model.network).__name__,
+        "adapter": model.adapter,
+        "modules": len(model.modules),
+        "latents D": model.sites.size,
+        "prior": model.prior,
+        "likelihood": model.likelihood,
+        "head": model.head,
+        "guide": posterior.guide_spec,
+        **{name: settings[name] for name in sorted(settings, key=lambda name: (name not in ("method", "seed"), name))},
+        "training rows N": model.size or "not known",
+        **({} if data is None else {"training rows, sha256": data_hash(data)}),
+        **_last_epoch(posterior.history),
+        "versions": ", ".join(f"{name} {version(name)}" for name in _LIBRARIES),
+    }
+    rows = pd.DataFrame([[name, _cell(value)] for name, value in facts.items()], columns=["", "value"])
+    # A user's own parts are not in the files.
+    parts = {"prior": model.prior, "likelihood": model.likelihood, "guide": posterior.guide_spec}
+    own = [name for name, part in parts.items() if "own" in describe(part)]
+    return ModelCard.from_template(
+        ModelCardData(
+            base_model=base_model,
+            license=license,
+            **{"library_name": "pyro_lrblora", "tags": ["bayesian", "lora", "uncertainty"]} | metadata,
+        ),
+        template_str=_CARD,
+        title=source,
+        source=source,
+        network=type(model.network).__name__,
+        base=base_model or "the base it was fitted on",
+        own="".join(f", {name}=..." for name in own),
+        fit=rows.to_markdown(index=False, disable_numparse=True),
+        comparison=None if comparison is None else _scores(comparison),
+    )
+
+
+def data_hash(data) -> str:
+    """The sha256 of rows in their order, the same on every machine.
+
+    Args:
+        data: a datasets.Dataset, hashed as it is stored, whatever its cache; or batch dicts.
+    """
+    digest = hashlib.sha256()
+    if isinstance(data, datasets.Dataset):
+        readable = lambda value: value.hex() if isinstance(value, bytes) else str(value)
+        for table in data.with_format("arrow").iter(1000):
+            for row in table.to_pylist():
+                digest.update(json.dumps(row, sort_keys=True, default=readable).encode())
+        return digest.hexdigest()
+    for batch in data:
+        for name, value in sorted(batch.items()):
+            if isinstance(value, Tensor):
+                digest.update(f"{name} {value.dtype} {tuple(value.shape)} ".encode())
+                digest.update(value.detach().cpu().flatten().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _hub_name(network: nn.Module) -> str | None:
+    """The id the base was loaded by; None for a folder, whose name means nothing elsewhere."""
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    for module in (network, getattr(network, "base_model", None)):
+        name = getattr(module, "name_or_path", "")
+        if name and not Path(name).exists():
+            try:
+                validate_repo_id(name)
+            except HFValidationError:
+                continue
+            return name
+    return None
+
+
+def _last_epoch(history: list[dict]) -> dict[str, str]:
+    if not history:
+        return {}
+    return {"last epoch": ", ".join(f"{k} {v:.5g}" for k, v in history[-1].items() if isinstance(v, int | float))}
+
+
+def _cell(value) -> str:
+    text = json.dumps(value, default=str) if isinstance(value, Mapping) else str(value)
+    return "`" + " ".join(text.split()).replace("`", "'").replace("|", "\\|") + "`"
+
+
+def _scores(comparison: pd.DataFrame) -> str:
+    table = pd.DataFrame(comparison).dropna(axis=1, how="all")
+    table.index = [str(name).replace("|", "\\|") for name in table.index]
+    number = lambda value: "" if pd.isna(value) else f"{value:.3f}".removesuffix(".000")
+    sides = ["left", *["right"] * table.shape[1]]
+    notes = "\n".join(f"- {note}" for note in comparison.attrs.get("notes", []))
+    return f"{table.map(number).to_markdown(colalign=sides, disable_numparse=True)}\n\n{notes}".strip()
+
+
+@contextmanager
+def _hub_errors(expected: str, instead: str):
+    """One error that says what to do, in the place of those of the hub's client and its HTTP library."""
+    from huggingface_hub import constants
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        HTTPError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+    )
+
+    try:
+        yield
+    except HFValidationError as error:
+        raise ValueError(f"{expected}, got a name that the hub cannot have: {error}") from None
+    except HfHubHTTPError as error:
+        raise OSError(f"{expected}; the hub answered: {' '.join(str(error).split())}") from None
+    except (OfflineModeIsEnabled, LocalEntryNotFoundError, HTTPError, ConnectionError, TimeoutError) as error:
+        why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else type(error).__name__
+        raise ConnectionError(f"{expected}; the hub cannot be reached ({why}): {instead}") from None
