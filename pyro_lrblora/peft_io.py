@@ -112,11 +112,12 @@ def import_peft(model: BayesianLoRA, source) -> tuple[Posterior, pd.DataFrame]:
         _check_config(config)
         with _copy_without_weights(model.network) as network:
             try:
-                updates, head = _read(peft.PeftModel.from_pretrained(network, str(folder)))
-            except (RuntimeError, SafetensorError, KeyError) as error:
+                adapted = peft.PeftModel.from_pretrained(network, str(folder))
+            except (ValueError, RuntimeError, KeyError, SafetensorError) as error:
                 raise ValueError(
                     f"expected an adapter for {type(model.network).__name__} in {folder}, got: {error}"
                 ) from None
+            updates, head = _read(adapted)
     _check_head(model, head)
     model = model.in_subspace_of(model, model.head_start | head)
     closest = model.adapted.closest({name: update for name, update in updates.items() if name in model.modules})
@@ -169,22 +170,31 @@ def _inject(model: BayesianLoRA, network: nn.Module):
     rank = max(ranks.values())
     # "^" because peft takes a pattern for the end of a name.
     others = {f"^{re.escape(name)}": own for name, own in ranks.items() if own != rank}
-    kind = type(model.network).__name__
+    owners = _owners(network, model.head_start)
     config = peft.LoraConfig(
         r=rank,
         lora_alpha=rank,
         rank_pattern=others,
         alpha_pattern=dict(others),
         target_modules=_exact_targets(model),
-        modules_to_save=_owners(network, model.head_start) or None,
+        modules_to_save=owners or None,
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules.values()),
-        task_type=next((task for ending, task in _TASKS.items() if kind.endswith(ending)), None),
+        task_type=_task(model.network, [*model.modules, *owners]),
     )
     adapted = peft.get_peft_model(network, config)
     found = {name for name, m in adapted.get_base_model().named_modules() if isinstance(m, LoraLayer)}
     if found != set(model.modules):
         raise ValueError(f"expected peft to adapt the same modules, got a difference in {found ^ set(model.modules)}")
     return adapted
+
+
+def _task(network: nn.Module, touched: Iterable[str]) -> str | None:
+    kind = type(network).__name__
+    task = next((task for ending, task in _TASKS.items() if kind.endswith(ending)), None)
+    # For these two peft keeps a whole "classifier" or "score", which then cannot be changed in part.
+    if task in ("SEQ_CLS", "TOKEN_CLS") and any(name.startswith(("classifier.", "score.")) for name in touched):
+        return None
+    return task
 
 
 def _exact_targets(model: BayesianLoRA) -> list[str] | str:

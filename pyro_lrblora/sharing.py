@@ -172,6 +172,8 @@ def model_card(posterior: Posterior, *, base_model, license, comparison, data, s
     """The huggingface_hub.ModelCard that save_pretrained writes; the arguments are the same."""
     from huggingface_hub import ModelCard, ModelCardData
 
+    if not (comparison is None or isinstance(comparison, pd.DataFrame)):
+        raise TypeError(f"expected what lb.compare returned for comparison=, got {type(comparison).__name__}")
     model = posterior.model
     base_model = base_model or _hub_name(model.network)
     settings = {name: value for name, value in posterior.settings.items() if value is not None}
