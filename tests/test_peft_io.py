@@ -137,6 +137,24 @@ def test_a_name_that_is_the_end_of_another(targets, tmp_path):
     torch.testing.assert_close(found, lb.predict(posterior, [{"x": x}], at="mean").logits[0], atol=1e-5, rtol=1e-5)
 
 
+def test_such_names_with_different_ranks(tmp_path):
+    torch.manual_seed(3)
+    networks = [Nested(), Nested()]
+    with torch.no_grad():
+        networks[0].layer.weight.div_(50)  # so that the inner one gets the larger rank
+        networks[0].layer.bias.zero_()
+    networks[1].load_state_dict(networks[0].state_dict())
+    x = torch.randn(9, 7)
+    adapter = lb.LoRAXS(5, lb.projections.Gradient(), ".*layer", budget=26)
+    model = lb.BayesianLoRA(networks[0], adapter, head_modules=["head"])
+    posterior = posterior_of(model.prepare([{"x": x, "labels": torch.arange(9) % 3}]))
+    ranks = {name: len(basis.A) for name, basis in posterior.model.adapted.bases.items()}
+    assert ranks["layer"] < ranks["inner.layer"]
+    posterior.export_peft(tmp_path)
+    found = in_peft(networks[1], tmp_path, x=x)
+    torch.testing.assert_close(found, lb.predict(posterior, [{"x": x}], at="mean").logits[0], atol=1e-5, rtol=1e-5)
+
+
 def test_a_language_model_has_no_head_to_save(tmp_path):
     config = transformers.GPT2Config(vocab_size=60, n_embd=16, n_layer=1, n_head=2, initializer_range=0.3)
     network = transformers.GPT2LMHeadModel(config).eval()
