@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from . import likelihoods, priors
 from .adapters import LoRAXS
 from .adapters.attach import Attachment
+from .adapters.rows import mixing_modules, one_at_a_time, rows_apart
 from .adapters.statistics import sum_statistics
 from .adapters.targets import check_rank, find_targets
 from .data import Batch, as_batches, batch_rows
@@ -76,6 +77,7 @@ class BayesianLoRA:
         self._adapted = None
         self._learned_scale: LearnedScale | None = None
         self._attachment: Attachment | None = None
+        self._mixing: list[str] | None = None  # what mixing_modules found
         self._precision = "fp32"
         self._class_names: Sequence[str] | None = None
         self._set_head(head, {name: p.detach().float().clone() for name, p in parameters.items()})
@@ -198,8 +200,12 @@ class BayesianLoRA:
         """
         # A Bayesian head is among the values, and so is the head of an ensemble's member.
         head = {**head, **{name: values[name] for name in self.head_start if name in values}}
+        latents = {name: values[name] for name in self.sites.shapes}
+        per_row = any(latents[name].dim() > len(shape) for name, shape in self.sites.shapes.items())
         with self.attached() if self._attachment is None else nullcontext():
-            self._attachment.set({name: values[name] for name in self.sites.shapes}, head)
+            if per_row and mixing_modules(self, batch):
+                return one_at_a_time(self, batch, latents, head)
+            self._attachment.set(latents, head)
             return self._run(batch)
 
     def pretrained_outputs(self, batch: Batch, head: Mapping[str, Tensor]):
@@ -312,7 +318,8 @@ class BayesianLoRA:
         if self._adapted is None:
             statistics = {}
             if self.adapter.statistics is not None:
-                statistics = sum_statistics(new._pretrained_labels, self.modules, batches, self.adapter.projection)
+                seen = batches if self.adapter.statistics == "labels" else rows_apart(new, batches)
+                statistics = sum_statistics(new._pretrained_labels, self.modules, seen, self.adapter.projection)
             new._adapted = self.adapter.bind(self.modules, statistics, torch.Generator().manual_seed(seed))
         return new
 

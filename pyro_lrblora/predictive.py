@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
+from .adapters.rows import mixing_modules
 from .data import Batch, as_batches, batch_rows
 from .likelihoods import prediction, summary
 from .linearised import draw_logits, logit_moments, probit_logits
@@ -128,7 +129,9 @@ def folding(model, batch: Batch, values: Mapping[str, Tensor], fold: int | None)
     """How many draws a forward takes: as asked, or one on a CPU, and up to 512 rows together elsewhere."""
     if any(name in values for name in model.head_start):
         return 1  # a draw's own head cannot be repeated over rows
-    return fold or (1 if model.device.type == "cpu" else max(1, _FOLDED_ROWS // batch_rows(batch)))
+    # Rows that cannot be folded would be run one at a time.
+    together = 1 if model.device.type == "cpu" or mixing_modules(model, batch) else _FOLDED_ROWS // batch_rows(batch)
+    return fold or max(1, together)
 
 
 def _summaries(model, batch, values, head, fold: int) -> dict[str, Tensor]:

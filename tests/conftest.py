@@ -98,6 +98,26 @@ def token_batches(rows: int = 40, batch_size: int = 8, classes: int = 3, seed: i
     return batches
 
 
+def random_latents(model, *rows):
+    """Standard normal values of every site, one draw or one per row."""
+    return {name: torch.randn(*rows, *shape) for name, shape in model.sites.shapes.items()}
+
+
+def state(network):
+    """What must be the same after anything the library does: values, flags, modes and hooks."""
+    return {name: value.clone() for name, value in network.state_dict().items()} | {
+        "flags": [p.requires_grad for p in network.parameters()],
+        "modes": [m.training for m in network.modules()],
+        "hooks": [len(m._forward_hooks) for m in network.modules()],
+    }
+
+
+def assert_same_state(before, after):
+    assert before.keys() == after.keys()
+    for name, value in before.items():
+        assert torch.equal(value, after[name]) if isinstance(value, torch.Tensor) else value == after[name], name
+
+
 class LinearNetwork(nn.Module):
     """y = W x + W' |x| + ...: linear in R, so that the posterior under Gaussian noise is known exactly."""
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import transformers
-from conftest import LinearNetwork, label, tiny_bert, token_batches
+from conftest import LinearNetwork, assert_same_state, label, random_latents, state, tiny_bert, token_batches
 from torch import nn
 
 import pyro_lrblora as lb
@@ -46,24 +46,6 @@ def tiny_roberta():
 
 NETWORKS = [tiny_bert, tiny_gpt2, tiny_llama, tiny_roberta]
 ADAPTERS = [lb.LoRAXS(2, targets="all-linear"), lb.LoRA(2, targets="all-linear"), lb.LoRA(2, alpha=16)]
-
-
-def random_latents(model, *rows):
-    return {name: torch.randn(*rows, *shape) for name, shape in model.sites.shapes.items()}
-
-
-def state(network):
-    return {name: value.clone() for name, value in network.state_dict().items()} | {
-        "flags": [p.requires_grad for p in network.parameters()],
-        "modes": [m.training for m in network.modules()],
-        "hooks": [len(m._forward_hooks) for m in network.modules()],
-    }
-
-
-def assert_same_state(before, after):
-    assert before.keys() == after.keys()
-    for name, value in before.items():
-        assert torch.equal(value, after[name]) if isinstance(value, torch.Tensor) else value == after[name], name
 
 
 @pytest.mark.parametrize("adapter", ADAPTERS, ids=label)
@@ -199,7 +181,7 @@ def test_rows_that_cannot_be_divided():
             return self.layer(x.mean(0, keepdim=True))
 
     model = lb.BayesianLoRA(Pooled(), lb.LoRAXS(2, targets=["layer"]))
-    with pytest.raises(ValueError, match="multiple of the 3 rows"):
+    with pytest.raises(ValueError, match="treats the rows of a batch apart"):
         model.outputs({"x": torch.randn(3, 7)}, random_latents(model, 3), {})
 
 

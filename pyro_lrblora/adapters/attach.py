@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import ExitStack
 from functools import partial
 
+import torch
 from torch import Tensor, nn
+
+from .checkpointing import check_checkpointing, checkpointing_without_dropout
 
 
 class Attachment:
@@ -13,13 +17,17 @@ class Attachment:
 
     Nothing of the network is replaced or moved: forward hooks add the updates, the head's parameters are slotted
     into their modules, base weights stop requiring gradients, and leaving the block restores all of it, so the
-    network is bit-identical afterwards. The block must reach through `backward` where gradient checkpointing runs
-    the layers again.
+    network is bit-identical afterwards. The block must reach through `backward` where gradient checkpointing, which
+    works with and without dropout here, runs the layers again.
 
     Args:
         network: the transformer.
         bound: an adapter bound to the network's modules (BoundLoRAXS, BoundLoRA); None for the head alone.
         dropout: run the network in training mode.
+
+    Raises:
+        RuntimeError: a module already carries an adapter.
+        ValueError: gradient checkpointing that would lose the latents' gradients.
     """
 
     def __init__(self, network: nn.Module, bound, dropout: bool = False):
@@ -36,6 +44,10 @@ class Attachment:
                     f"module {name!r} already carries an adapter: expected one attached model at a time, leave the "
                     "surrounding `with model.attached():` first"
                 )
+        # Without gradients there is nothing to save, and checkpointing would cost a generation its key-value cache.
+        checkpointing = self._bound is not None and torch.is_grad_enabled()
+        if checkpointing:
+            check_checkpointing(self._network)
         self._modes = [(module, module.training) for module in modules.values()]
         self._trainable = [p for p in self._network.parameters() if p.requires_grad]
         self._slots: dict[tuple[nn.Module, str], Tensor] = {}
@@ -46,9 +58,13 @@ class Attachment:
         for parameter in self._trainable:
             parameter.requires_grad_(False)
         self._network.train(self._dropout)
+        self._checkpointing = ExitStack()
+        if checkpointing and not self._dropout:
+            self._checkpointing.enter_context(checkpointing_without_dropout(self._network))
         return self
 
     def __exit__(self, *exception) -> None:
+        self._checkpointing.close()
         for handle in self._handles:
             handle.remove()
         for (module, leaf), parameter in self._slots.items():

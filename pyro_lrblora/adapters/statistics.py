@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from ..data import batch_rows
 from ..scores import score_losses
 from .targets import base_weight
 
@@ -26,15 +27,17 @@ def sum_statistics(
         batches: the training data.
         projection: a Projection whose `statistics` is "inputs", "labels" or "model"; "inputs" is a forward pass alone.
     """
-    inputs: dict[str, Tensor] = {}
-    outputs: dict[str, Tensor] = {}
+    # A module may be called several times in one forward: ALBERT's layers share it, DeBERTa sends positions through it.
+    inputs: dict[str, list[Tensor]] = {}
+    outputs: dict[str, list[Tensor]] = {}
 
     def keep(name):
         def hook(module, args, output):
             # Frozen weights leave no graph to differentiate: the first module's output starts one.
-            outputs[name] = output if output.requires_grad else output.detach().requires_grad_()
-            inputs[name] = args[0].detach()
-            return outputs[name]
+            output = output if output.requires_grad else output.detach().requires_grad_()
+            outputs.setdefault(name, []).append(output)
+            inputs.setdefault(name, []).append(args[0].detach())
+            return output
 
         return hook
 
@@ -45,11 +48,10 @@ def sum_statistics(
             with torch.set_grad_enabled(projection.statistics != "inputs"):
                 labels, observed = run(batch)
                 for gradients in _gradients(projection.statistics, labels, observed, outputs):
-                    for name, gradient in gradients.items():
-                        tokens = _rows(inputs[name])
-                        mask = _token_mask(tokens, batch.get("attention_mask"))
-                        for key, value in projection.collect(tokens, gradient, mask).items():
-                            totals[name][key] = totals[name].get(key, 0) + value
+                    for name, calls in gradients.items():
+                        for seen in _calls(inputs[name], calls, batch):
+                            for key, value in projection.collect(*seen).items():
+                                totals[name][key] = totals[name].get(key, 0) + value
             inputs.clear(), outputs.clear()
     finally:
         for handle in handles:
@@ -68,26 +70,49 @@ def sum_statistics(
     return totals
 
 
-def _gradients(statistics: str, labels, observed, outputs: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor | None]]:
-    """Gradients (B, T, m) of every loss by the modules' outputs; modules that the loss does not read are left out."""
+def _gradients(
+    statistics: str, labels, observed, outputs: Mapping[str, list[Tensor]]
+) -> Iterator[dict[str, list[Tensor] | None]]:
+    """Gradients of every loss by the modules' outputs, call by call; modules the loss does not read are left out."""
     if statistics == "inputs":
         yield dict.fromkeys(outputs)
         return
+    flat = [output for calls in outputs.values() for output in calls]
     losses = list(score_losses(labels, observed if statistics == "labels" else None))
     for position, loss in enumerate(losses):
-        gradients = torch.autograd.grad(
-            loss, list(outputs.values()), retain_graph=position < len(losses) - 1, allow_unused=True
-        )
-        yield {name: _rows(g) for name, g in zip(outputs, gradients, strict=True) if g is not None}
+        found = torch.autograd.grad(loss, flat, retain_graph=position < len(losses) - 1, allow_unused=True)
+        gradients = iter(zip(flat, found, strict=True))
+        by_module = {name: [next(gradients) for _ in calls] for name, calls in outputs.items()}
+        yield {
+            name: [torch.zeros_like(output) if g is None else g for output, g in calls]
+            for name, calls in by_module.items()
+            if any(g is not None for _, g in calls)
+        }
 
 
-def _rows(tensor: Tensor) -> Tensor:
-    """(B, ..., n) as (B, T, n), float32."""
-    return tensor.reshape(tensor.shape[0], -1, tensor.shape[-1]).float()
+def _calls(
+    inputs: Sequence[Tensor], gradients: Sequence[Tensor] | None, batch: Mapping[str, Tensor]
+) -> Iterator[tuple[Tensor, Tensor | None, Tensor]]:
+    """A module's inputs (B, T, n), gradients (B, T, m) and mask (B, T); its calls on the batch's rows as one."""
+    rows = batch_rows(batch)
+    seen = [_rows(tokens, rows) for tokens in inputs]
+    masks = [_token_mask(tokens, batch.get("attention_mask")) for tokens in seen]
+    found = [None] * len(seen) if gradients is None else [_rows(gradient, rows) for gradient in gradients]
+    groups: dict[int, list] = {}
+    for call in zip(seen, found, masks, strict=True):
+        groups.setdefault(len(call[0]), []).append(call)
+    for group in groups.values():
+        tokens, gradient, mask = zip(*group, strict=True)
+        yield torch.cat(tokens, 1), None if gradients is None else torch.cat(gradient, 1), torch.cat(mask, 1)
+
+
+def _rows(tensor: Tensor, rows: int) -> Tensor:
+    """What belongs to the batch's rows as (B, T, n), float32; anything else, such as positions, as one row's."""
+    return tensor.reshape(1 if len(tensor) % rows else rows, -1, tensor.shape[-1]).float()
 
 
 def _token_mask(tokens: Tensor, attention_mask: Tensor | None) -> Tensor:
-    """The attention mask as (B, T) of the tokens (B, T, n); all ones where it has another shape."""
-    if attention_mask is None or attention_mask.reshape(-1, attention_mask.shape[-1]).shape != tokens.shape[:2]:
+    """The attention mask as (B, T) of the tokens (B, T, n); all ones where there are not as many."""
+    if attention_mask is None or attention_mask.numel() != tokens.shape[:2].numel():
         return tokens.new_ones(tokens.shape[:2])
     return attention_mask.reshape(tokens.shape[:2]).to(tokens)

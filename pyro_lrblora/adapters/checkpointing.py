@@ -1,0 +1,84 @@
+"""transformers' gradient checkpointing under an adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+try:
+    from transformers.modeling_layers import GradientCheckpointingLayer
+except ImportError:  # early transformers 4: no layer decides for itself
+    GradientCheckpointingLayer = ()
+
+
+def check_checkpointing(network: nn.Module) -> None:
+    """Raise a ValueError if the network checkpoints in the reentrant way, which gives gradients to inputs alone."""
+    for module in _checkpointing(network):
+        if getattr(getattr(module, "_gradient_checkpointing_func", None), "keywords", {}).get("use_reentrant"):
+            raise ValueError(
+                "expected gradient checkpointing with use_reentrant=False, which gives the latents their gradients, got "
+                "use_reentrant=True; write network.gradient_checkpointing_enable(gradient_checkpointing_kwargs="
+                "{'use_reentrant': False})"
+            )
+
+
+@contextmanager
+def checkpointing_without_dropout(network: nn.Module) -> Iterator[None]:
+    """A `with` block in which a network in evaluation mode checkpoints, if it is set to.
+
+    transformers checkpoints in training mode only, where dropout is active too. Here a layer is in training mode when it
+    is asked whether to checkpoint, and is not when it runs, in backward neither.
+    """
+    # A stack of layers has the same flag, and dropout of its own.
+    layers = [module for module in _checkpointing(network) if isinstance(module, GradientCheckpointingLayer)]
+    functions = {layer: layer._gradient_checkpointing_func for layer in layers}
+    # A layer run twice would add to a key-value cache twice.
+    configs = {
+        id(m.config): m.config for m in network.modules() if getattr(getattr(m, "config", 0), "use_cache", False)
+    }
+    try:
+        for layer, function in functions.items():
+            layer._gradient_checkpointing_func, layer.training = _in_evaluation_mode(layer, function), True
+        for config in configs.values() if layers else ():
+            config.use_cache = False
+        yield
+    finally:
+        for layer, function in functions.items():
+            layer._gradient_checkpointing_func, layer.training = function, False
+        for config in configs.values():
+            config.use_cache = True
+
+
+@contextmanager
+def without_checkpointing(network: nn.Module) -> Iterator[None]:
+    """A `with` block in which no layer checkpoints."""
+    modules = _checkpointing(network)
+    for module in modules:
+        module.gradient_checkpointing = False
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.gradient_checkpointing = True
+
+
+def _checkpointing(network: nn.Module) -> list[nn.Module]:
+    return [module for module in network.modules() if getattr(module, "gradient_checkpointing", False)]
+
+
+def _in_evaluation_mode(layer: nn.Module, checkpoint: Callable) -> Callable:
+    """The checkpoint function, running the layer in evaluation mode."""
+
+    def run(function, *args, **options):
+        def evaluated(*args, **options):
+            mode, layer.training = layer.training, False
+            try:
+                return function(*args, **options)
+            finally:
+                layer.training = mode
+
+        return checkpoint(evaluated, *args, **options)
+
+    return run
