@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from . import likelihoods, priors
 from .adapters import LoRAXS
 from .adapters.attach import Attachment
-from .adapters.rows import mixing_modules, one_at_a_time, rows_apart
+from .adapters.rows import run_rows
 from .adapters.statistics import sum_statistics
 from .adapters.targets import check_rank, find_targets
 from .data import Batch, as_batches, batch_rows
@@ -74,10 +74,9 @@ class BayesianLoRA:
         self.modules = find_targets(network, self.adapter.targets, self.adapter.layers, excluded)
         check_rank(self.adapter, self.modules)
         self.prepared = False  # whether `prepare` has seen the training data
-        self._adapted = None
+        self._adapted, self._mixing = None, None  # the latter is what mixing_modules found
         self._learned_scale: LearnedScale | None = None
         self._attachment: Attachment | None = None
-        self._mixing: list[str] | None = None  # what mixing_modules found
         self._precision = "fp32"
         self._class_names: Sequence[str] | None = None
         self._set_head(head, {name: p.detach().float().clone() for name, p in parameters.items()})
@@ -200,19 +199,21 @@ class BayesianLoRA:
         """
         # A Bayesian head is among the values, and so is the head of an ensemble's member.
         head = {**head, **{name: values[name] for name in self.head_start if name in values}}
-        latents = {name: values[name] for name in self.sites.shapes}
-        per_row = any(latents[name].dim() > len(shape) for name, shape in self.sites.shapes.items())
         with self.attached() if self._attachment is None else nullcontext():
-            if per_row and mixing_modules(self, batch):
-                return one_at_a_time(self, batch, latents, head)
-            self._attachment.set(latents, head)
-            return self._run(batch)
+            return run_rows(self, batch, {name: values[name] for name in self.sites.shapes}, head)
 
     def pretrained_outputs(self, batch: Batch, head: Mapping[str, Tensor]):
         """What the network returns without the adapter."""
         with Attachment(self.network, None) as attachment:
             attachment.set({}, head)
             return self._run(self.to_device(batch))
+
+    def pretrained_labels(self, batch: Batch) -> tuple[dist.TorchDistribution, Tensor | None]:
+        """The distribution of a batch's labels without the adapter, at the head's start, and the labels seen."""
+        batch = self.to_device(batch)
+        head = self.head_start if self.head in ("point", "bayesian") else self._fixed_head
+        outputs = self.pretrained_outputs(batch, head)
+        return likelihoods.label_site(self.likelihood, outputs, batch)
 
     @contextmanager
     def attached(self, precision: str = "fp32", dropout: bool | None = None):
@@ -318,8 +319,7 @@ class BayesianLoRA:
         if self._adapted is None:
             statistics = {}
             if self.adapter.statistics is not None:
-                seen = batches if self.adapter.statistics == "labels" else rows_apart(new, batches)
-                statistics = sum_statistics(new._pretrained_labels, self.modules, seen, self.adapter.projection)
+                statistics = sum_statistics(new, batches)
             new._adapted = self.adapter.bind(self.modules, statistics, torch.Generator().manual_seed(seed))
         return new
 
@@ -359,12 +359,6 @@ class BayesianLoRA:
         # A name of its own, so that two heads never meet in Pyro's param store.
         name = f"head_{uuid.uuid4().hex[:8]}"
         self.point_head = PointHead(self.head_start, name) if head == "point" and start else None
-
-    def _pretrained_labels(self, batch: Batch) -> tuple[dist.TorchDistribution, Tensor | None]:
-        batch = self.to_device(batch)
-        head = self.head_start if self.head in ("point", "bayesian") else self._fixed_head
-        outputs = self.pretrained_outputs(batch, head)
-        return likelihoods.label_site(self.likelihood, outputs, batch)
 
     def _run(self, batch: Batch):
         inputs = {name: value for name, value in batch.items() if name != "labels"}

@@ -1,143 +1,22 @@
-"""Every kind of transformer a user brings: targets, exactness against edited weights, and a fit from start to disk."""
+"""Every architecture: its targets, exactness against edited weights, and a fit from start to disk."""
 
 import copy
 import warnings
-from dataclasses import dataclass
-from functools import cache
 
 import pytest
 import torch
-import transformers as hf
-from conftest import LinearNetwork, assert_same_state, random_latents, state, tiny_reviews, tiny_tokenizer
+from architectures import ARCHITECTURES, NAMES, ROWS, all_linear, batch_of, build, latents_of, plain
+from conftest import LinearNetwork, assert_same_state, random_latents, state
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import pyro_lrblora as lb
 from pyro_lrblora.adapters.rows import mixing_modules
 
-ROWS, LENGTH, END = 4, 8, 1
-
-SIZES = {
-    "vocab_size": 60, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 24,
-    "max_position_embeddings": 32, "num_labels": 3, "initializer_range": 0.3, "pad_token_id": 0,
-}  # fmt: skip
-GROUPED = SIZES | {"num_key_value_heads": 2, "bos_token_id": 2, "eos_token_id": END}
-DEBERTA = SIZES | {
-    "relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_buckets": 4, "norm_rel_ebd": "layer_norm",
-}  # fmt: skip
-IMAGE = {
-    "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 24, "image_size": 16,
-    "patch_size": 8, "num_labels": 3, "initializer_range": 0.3,
-}  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """A tiny config, how many modules each target means, and names of those that see more than the batch's rows."""
-
-    config: hf.PretrainedConfig
-    attention: int
-    mlp: int
-    all_linear: int
-    mixing: tuple[str, ...] = ()
-
-
-ARCHITECTURES = {
-    # Per layer q, k, v, o and two in the MLP; the pooler is linear too.
-    "bert": Architecture(hf.BertConfig(**SIZES), 8, 4, 13),
-    "roberta": Architecture(hf.RobertaConfig(**SIZES), 8, 4, 12),
-    # One set of layer weights, run twice, behind a projection of the embeddings and before a pooler.
-    "albert": Architecture(hf.AlbertConfig(**SIZES, embedding_size=8), 4, 2, 8),
-    # DeBERTa's positions have projections of their own, or (v3) share the rows'.
-    "deberta-v2": Architecture(
-        hf.DebertaV2Config(**DEBERTA), 12, 4, 16, ("pos_key_proj", "pos_query_proj")
-    ),
-    "deberta-v3": Architecture(
-        hf.DebertaV2Config(**DEBERTA, share_att_key=True), 8, 4, 12, ("key_proj", "query_proj")
-    ),
-    "modernbert": Architecture(
-        hf.ModernBertConfig(**SIZES, bos_token_id=2, eos_token_id=END, cls_token_id=2, sep_token_id=END), 4, 4, 8
-    ),
-    # Time stands in the first axis; attention is made of parameters, not modules.
-    "xlnet": Architecture(
-        hf.XLNetConfig(vocab_size=60, d_model=16, n_layer=2, n_head=4, d_inner=24, num_labels=3,
-                       initializer_range=0.3, pad_token_id=0, dropout=0.0), 0, 4, 4, ("layer_1", "layer_2"),
-    ),
-    "gpt2": Architecture(
-        hf.GPT2Config(vocab_size=60, n_embd=16, n_layer=2, n_head=4, n_positions=32, num_labels=3, pad_token_id=0,
-                      bos_token_id=2, eos_token_id=END, initializer_range=0.3), 4, 4, 8,
-    ),
-    "llama": Architecture(hf.LlamaConfig(**GROUPED), 8, 6, 14),
-    "qwen2": Architecture(hf.Qwen2Config(**GROUPED), 8, 6, 14),
-    "qwen3": Architecture(hf.Qwen3Config(**GROUPED, head_dim=8), 8, 6, 14),
-    "mistral": Architecture(hf.MistralConfig(**GROUPED), 8, 6, 14),
-    "gemma": Architecture(hf.GemmaConfig(**GROUPED, head_dim=8), 8, 6, 14),
-    "gemma2": Architecture(hf.Gemma2Config(**GROUPED, head_dim=8), 8, 6, 14),
-    # q, k, v in one module, gate and up in another.
-    "phi3": Architecture(hf.Phi3Config(**GROUPED), 4, 4, 8),
-    # The experts are one stacked parameter, and their router is not a linear module.
-    "mixtral": Architecture(hf.MixtralConfig(**GROUPED, num_local_experts=4, num_experts_per_tok=2), 8, 0, 8),
-    # Self-attention twice, cross-attention once.
-    "t5": Architecture(
-        hf.T5Config(vocab_size=60, d_model=16, d_kv=4, d_ff=24, num_layers=2, num_heads=4, num_labels=3,
-                    pad_token_id=0, eos_token_id=END, decoder_start_token_id=0), 24, 8, 32,
-    ),
-    "bart": Architecture(
-        hf.BartConfig(vocab_size=60, d_model=16, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4,
-                      decoder_attention_heads=4, encoder_ffn_dim=24, decoder_ffn_dim=24, max_position_embeddings=32,
-                      num_labels=3, pad_token_id=0, bos_token_id=2, eos_token_id=END, decoder_start_token_id=END,
-                      init_std=0.3), 24, 8, 32,
-    ),
-    "vit": Architecture(hf.ViTConfig(**IMAGE), 8, 4, 12),
-}  # fmt: skip
-NAMES = list(ARCHITECTURES)
-DECODERS = ["gpt2", "llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "phi3"]
-
-all_linear = lb.LoRAXS(2, targets="all-linear")
-
-
-def build(name, **options):
-    """A fresh network of an architecture, the same at every call."""
-    torch.manual_seed(3)
-    # A copy: building a network writes into its config.
-    config = copy.deepcopy(ARCHITECTURES[name].config)
-    kind = hf.AutoModelForImageClassification if name == "vit" else hf.AutoModelForSequenceClassification
-    return kind.from_config(config, **options).eval()
-
-
-def batch_of(name, seed=0, left=False):
-    """Four images, or four texts of 8, 6, 5 and 3 tokens, padded on the right or the left."""
-    generator = torch.Generator().manual_seed(seed)
-    labels = torch.tensor([0, 1, 2, 0])
-    if name == "vit":
-        return {"pixel_values": torch.randn(ROWS, 3, 16, 16, generator=generator), "labels": labels}
-    ids = torch.zeros(ROWS, LENGTH, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for row, length in enumerate((8, 6, 5, 3)):
-        tokens = torch.randint(3, 60, (length,), generator=generator)
-        tokens[-1] = END
-        places = slice(LENGTH - length, None) if left else slice(length)
-        ids[row, places], mask[row, places] = tokens, 1
-    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
-
-
-def plain(network, batch):
-    """The logits of a network that carries nothing."""
-    with torch.no_grad():
-        return network(**{name: value for name, value in batch.items() if name != "labels"}).logits
-
-
-def latents_of(model, *rows, scale=0.3):
-    return {name: scale * value for name, value in random_latents(model, *rows).items()}
-
-
-@pytest.fixture(autouse=True)
-def _mixing_is_expected():
-    """That rows are run one at a time is asserted where it matters."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*run one at a time")
-        warnings.filterwarnings("ignore", message=".*scales had not converged")
-        yield
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*run one at a time"),  # asserted where it matters
+    pytest.mark.filterwarnings("ignore:.*scales had not converged"),
+]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -241,7 +120,9 @@ def test_label_free_statistics_are_sums_over_rows(name):
             seen[len(seen)] = statistics["left"]
             return super().__call__(weight, rank, statistics, generator)
 
-    model = lb.BayesianLoRA(network, lb.LoRAXS(2, Spy(label_free=True), targets="mlp")).prepare([batch], probe=False)
+    model = lb.BayesianLoRA(network, lb.LoRAXS(2, Spy(label_free=True), targets="all-linear")).prepare(
+        [batch], probe=False
+    )
     weights = [module.weight for module in model.modules.values()]
     network.requires_grad_(True)
     expected = [torch.zeros(len(weight), len(weight)) for weight in weights]
@@ -263,7 +144,7 @@ def test_fit_predict_save_load_detach(name, tmp_path):
     network.requires_grad_(True)
     before = state(network)
     data = [batch_of(name, seed) for seed in range(2)]
-    model = lb.BayesianLoRA(network, lb.LoRAXS(2, targets="all-linear"))
+    model = lb.BayesianLoRA(network, all_linear)
     posterior = lb.fit(model, data, guide=lb.guides.LowRankPrecision(rank=2), steps=2, progress=False)
     assert posterior.history[-1]["step"] == 2
     assert torch.isfinite(torch.tensor(posterior.history[-1]["elbo"]))
@@ -280,201 +161,6 @@ def test_fit_predict_save_load_detach(name, tmp_path):
     assert torch.equal(lb.predict(again, data, draws=3).logits, prediction.logits)
     assert_same_state(before, state(network))
     assert all(parameter.grad is None for parameter in network.parameters())
-
-
-@pytest.fixture(scope="module")
-def trained():
-    """The posterior of a short fit per architecture, made when first asked for."""
-
-    @cache
-    def fit(name):
-        model = lb.BayesianLoRA(build(name), lb.LoRAXS(2, targets="all-linear"))
-        return lb.fit(model, [batch_of(name)], steps=2, progress=False)
-
-    return fit
-
-
-@pytest.mark.parametrize("name", DECODERS)
-def test_padding_side_does_not_matter(name, trained):
-    right, left = batch_of(name), batch_of(name, left=True)
-    if name == "gpt2":
-        # Absolute positions are counted from the first column unless the batch says otherwise: transformers' own rule.
-        left["position_ids"] = (left["attention_mask"].cumsum(-1) - 1).clamp(min=0)
-    logits = [lb.predict(trained(name), [batch], draws=3).logits for batch in (right, left)]
-    torch.testing.assert_close(*logits, atol=1e-5, rtol=1e-4)
-
-
-def test_padding_side_of_a_tokenizer(trained):
-    data, tokenizer = tiny_reviews(12), tiny_tokenizer()
-    predictions = []
-    for side in ("right", "left"):
-        tokenizer.padding_side = side
-        predictions.append(lb.predict(trained("llama"), data, draws=2, tokenizer=tokenizer, batch_size=4).logits)
-    torch.testing.assert_close(*predictions, atol=1e-5, rtol=1e-4)
-
-
-def test_no_padding_token():
-    network = build("llama")
-    network.config.pad_token_id = None
-    model = lb.BayesianLoRA(network, lb.LoRAXS(2), tokenizer=tiny_tokenizer(pad=False))
-    with pytest.raises(ValueError, match="tokenizer.pad_token = tokenizer.eos_token"):
-        lb.fit(model, tiny_reviews(4), progress=False)
-    # transformers needs none for one row.
-    whole = batch_of("llama")
-    single = [
-        {
-            key: value[row : row + 1, :length] if value.dim() == 2 else value[row : row + 1]
-            for key, value in whole.items()
-        }
-        for row, length in enumerate((8, 6, 5, 3))
-    ]
-    posterior = lb.fit(model, single, steps=2, progress=False)
-    logits = lb.predict(posterior, single, draws=2).logits
-    network.config.pad_token_id = 0
-    torch.testing.assert_close(logits, lb.predict(posterior, [whole], draws=2).logits, atol=1e-5, rtol=1e-4)
-
-
-@pytest.mark.parametrize(
-    ("kind", "config", "output"),
-    [
-        (hf.GPT2LMHeadModel, ARCHITECTURES["gpt2"].config, "lm_head"),
-        (hf.LlamaForCausalLM, hf.LlamaConfig(**GROUPED, tie_word_embeddings=True), "lm_head"),
-        (hf.LlamaForCausalLM, hf.LlamaConfig(**GROUPED, tie_word_embeddings=False), "lm_head"),
-        (hf.GemmaForCausalLM, hf.GemmaConfig(**GROUPED, head_dim=8), "lm_head"),
-        (hf.T5ForConditionalGeneration, ARCHITECTURES["t5"].config, "lm_head"),
-        (hf.BertForMaskedLM, ARCHITECTURES["bert"].config, "cls.predictions.decoder"),
-    ],
-)  # fmt: skip
-def test_output_embeddings_are_never_adapted(kind, config, output):
-    """Tied to the input embeddings or not: neither they nor the head move."""
-    torch.manual_seed(3)
-    network = kind(copy.deepcopy(config)).eval()
-    before = state(network)
-    model = lb.BayesianLoRA(network, lb.LoRAXS(2, targets="all-linear"))
-    tied = network.get_output_embeddings().weight is network.get_input_embeddings().weight
-    assert tied == config.tie_word_embeddings
-    assert output in dict(network.named_modules())
-    assert output not in model.modules
-    assert not any("embed" in module or "wte" in module for module in model.modules)
-    assert not any(parameter.startswith(output) for parameter in model.head_start)
-    with pytest.raises(ValueError, match="expected targets that match"):
-        lb.BayesianLoRA(network, lb.LoRAXS(2, targets=[output]))
-    batch = batch_of("llama")
-    if kind is hf.T5ForConditionalGeneration:
-        batch["decoder_input_ids"] = batch["input_ids"]
-    own = latents_of(model, ROWS)
-    logits = model.outputs(batch, own, {}).logits
-    assert logits.shape == (ROWS, LENGTH, 60)
-    row = {key: value[2:3] for key, value in batch.items()}
-    single = model.outputs(row, {site: value[2] for site, value in own.items()}, {}).logits
-    torch.testing.assert_close(logits[2:3], single, atol=1e-4, rtol=1e-4)
-    assert_same_state(before, state(network))
-
-
-@pytest.mark.parametrize("adapter", [lb.LoRAXS, lb.LoRA])
-@pytest.mark.parametrize("name", ["llama", "qwen2", "gemma2"])
-def test_grouped_query_attention_bounds_the_rank_module_by_module(name, adapter):
-    network = build(name)
-    smallest = network.config.num_key_value_heads * getattr(network.config, "head_dim", 4)
-    model = lb.BayesianLoRA(network, adapter(min(smallest, 16)))
-    keys = next(module for path, module in model.modules.items() if path.endswith("k_proj"))
-    assert keys.weight.shape == (smallest, 16)
-    with pytest.raises(ValueError, match=rf"rank <= {min(smallest, 16)} for module '.*_proj' with weight"):
-        lb.BayesianLoRA(network, adapter(min(smallest, 16) + 1))
-
-
-@pytest.mark.parametrize("frozen", ["nothing", "embeddings", "everything"])
-@pytest.mark.parametrize("name", ["bert", "llama", "t5"])
-def test_frozen_and_trainable_embeddings_stay_as_they_are(name, frozen):
-    network = build(name)
-    network.requires_grad_(frozen != "everything")
-    network.get_input_embeddings().requires_grad_(frozen == "nothing")
-    before, data = state(network), [batch_of(name)]
-    model = lb.BayesianLoRA(network, lb.LoRAXS(2, lb.projections.Gradient()))
-    posterior = lb.fit(model, data, steps=2, progress=False)
-    assert_same_state(before, state(network))
-    assert all(parameter.grad is None for parameter in network.parameters())
-    # Whether a base weight could be trained changes nothing of the fit.
-    other = lb.fit(lb.BayesianLoRA(build(name), model.adapter), data, steps=2, progress=False)
-    for one, two in zip(posterior.guide.parameters(), other.guide.parameters(), strict=True):
-        assert torch.equal(one, two)
-
-
-@pytest.mark.parametrize("name", ["bert", "deberta-v3", "t5", "vit"])
-def test_dropout_is_noise_in_training_and_absent_in_prediction(name):
-    network = build(name)
-    for module in network.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.4
-    data = [batch_of(name)]
-    model = lb.BayesianLoRA(network, lb.LoRAXS(2), dropout=True).prepare(data, probe=False)
-    for values in (model.start(), latents_of(model, ROWS)):
-        first, second = (model.outputs(data[0], values, {}).logits for _ in range(2))
-        assert not torch.equal(first, second)
-    posterior = lb.fit(model, data, steps=2, progress=False)
-    first, second = (lb.predict(posterior, data, draws=2).logits for _ in range(2))
-    assert torch.equal(first, second)
-    assert not any(module.training for module in network.modules())
-    steady = lb.fit(lb.BayesianLoRA(network, lb.LoRAXS(2)), data, steps=2, progress=False)
-    assert posterior.history[-1]["log_likelihood"] != steady.history[-1]["log_likelihood"]
-
-
-@pytest.mark.parametrize("draws", ["row", "shared"])
-@pytest.mark.parametrize("name", ["bert", "deberta-v3", "gpt2", "llama", "phi3", "t5", "bart", "vit"])
-def test_gradient_checkpointing_changes_nothing_but_memory(name, draws):
-    """transformers' switch works without dropout too: layers run again in backward, and find the same latents."""
-
-    def fit(checkpointing):
-        network = build(name)
-        for module in network.modules():
-            if isinstance(module, nn.Dropout):
-                module.p = 0.4  # to see that it stays off
-        if checkpointing:
-            network.gradient_checkpointing_enable()
-        before, runs = state(network), []
-        handle = next(
-            module for path, module in network.named_modules() if isinstance(module, nn.Linear | Conv1D)
-            and "head" not in path and ".1." in path
-        ).register_forward_hook(lambda module, args, output: runs.append(torch.is_grad_enabled()))  # fmt: skip
-        model = lb.BayesianLoRA(network, lb.LoRAXS(2))
-        posterior = lb.fit(model, [batch_of(name)], steps=2, draws=draws, progress=False)
-        handle.remove()
-        after = state(network)
-        # All but the counting hook.
-        assert after.pop("hooks") == before.pop("hooks")
-        assert_same_state(before, after)
-        return [parameter.detach() for parameter in posterior.guide.parameters()], sum(runs)
-
-    (saved, more), (kept, fewer) = fit(True), fit(False)
-    for one, two in zip(saved, kept, strict=True):
-        torch.testing.assert_close(one, two, atol=1e-5, rtol=1e-4)
-    # Rows that are run one at a time keep their activations.
-    assert more > fewer or (name == "deberta-v3" and draws == "row")
-
-
-def test_reentrant_checkpointing_is_refused():
-    network = build("llama")
-    network.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
-    before = state(network)
-    model = lb.BayesianLoRA(network, lb.LoRAXS(2))
-    with pytest.raises(ValueError, match="use_reentrant=False"):
-        lb.fit(model, [batch_of("llama")], steps=1, warm_start=False, progress=False)
-    assert_same_state(before, state(network))
-
-
-@pytest.mark.parametrize("name", ["bert", "roberta", "modernbert", "gpt2", "llama", "gemma", "phi3", "bart", "vit"])
-def test_sdpa_and_eager_attention_agree(name):
-    batch, found = batch_of(name), []
-    for implementation in ("sdpa", "eager"):
-        network = build(name, attn_implementation=implementation)
-        assert network.config._attn_implementation == implementation
-        model = lb.BayesianLoRA(network, all_linear)
-        torch.manual_seed(5)
-        own = {site: value.requires_grad_() for site, value in latents_of(model, ROWS).items()}
-        logits = model.outputs(batch, own, {}).logits
-        found.append((logits, *torch.autograd.grad(logits.square().sum(), list(own.values()))))
-    for one, other in zip(*found, strict=True):
-        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-3)
 
 
 def test_a_network_that_mixes_its_rows_is_refused():

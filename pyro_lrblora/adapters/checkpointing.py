@@ -18,8 +18,8 @@ def check_checkpointing(network: nn.Module) -> None:
     for module in _checkpointing(network):
         if getattr(getattr(module, "_gradient_checkpointing_func", None), "keywords", {}).get("use_reentrant"):
             raise ValueError(
-                "expected gradient checkpointing with use_reentrant=False, which gives the latents their gradients, got "
-                "use_reentrant=True; write network.gradient_checkpointing_enable(gradient_checkpointing_kwargs="
+                "expected gradient checkpointing with use_reentrant=False, which gives the latents their gradients, "
+                "got use_reentrant=True; write network.gradient_checkpointing_enable(gradient_checkpointing_kwargs="
                 "{'use_reentrant': False})"
             )
 
@@ -28,20 +28,19 @@ def check_checkpointing(network: nn.Module) -> None:
 def checkpointing_without_dropout(network: nn.Module) -> Iterator[None]:
     """A `with` block in which a network in evaluation mode checkpoints, if it is set to.
 
-    transformers checkpoints in training mode only, where dropout is active too. Here a layer is in training mode when it
-    is asked whether to checkpoint, and is not when it runs, in backward neither.
+    transformers checkpoints in training mode only, where dropout is active too. Here a layer is in training mode when
+    it is asked whether to checkpoint, and is not when it runs, in backward neither.
     """
     # A stack of layers has the same flag, and dropout of its own.
     layers = [module for module in _checkpointing(network) if isinstance(module, GradientCheckpointingLayer)]
     functions = {layer: layer._gradient_checkpointing_func for layer in layers}
     # A layer run twice would add to a key-value cache twice.
-    configs = {
-        id(m.config): m.config for m in network.modules() if getattr(getattr(m, "config", 0), "use_cache", False)
-    }
+    owners = [module for module in network.modules() if layers and hasattr(module, "config")]
+    configs = {id(owner.config): owner.config for owner in owners if getattr(owner.config, "use_cache", False)}
     try:
         for layer, function in functions.items():
             layer._gradient_checkpointing_func, layer.training = _in_evaluation_mode(layer, function), True
-        for config in configs.values() if layers else ():
+        for config in configs.values():
             config.use_cache = False
         yield
     finally:

@@ -51,15 +51,19 @@ def mixing_modules(model, batch: Batch) -> list[str]:
     return model._mixing or []
 
 
-def one_at_a_time(model, batch: Batch, latents: Mapping[str, Tensor], head: Mapping[str, Tensor]):
-    """What the network returns for the rows of a batch, each run alone at its own latents.
+def run_rows(model, batch: Batch, latents: Mapping[str, Tensor], head: Mapping[str, Tensor]):
+    """What the network returns for a batch; row by row where rows have latents of their own and modules mix rows.
 
     Args:
         model: a BayesianLoRA, attached.
         batch: tensors by name.
-        latents: by site, (B, *site shape).
+        latents: by site, one draw or one per row.
         head: what model.head_values returned.
     """
+    own = any(latents[name].dim() > len(shape) for name, shape in model.sites.shapes.items())
+    if not (own and mixing_modules(model, batch)):
+        model._attachment.set(latents, head)
+        return model._run(batch)
     parts = []
     # Layers run again in backward would find the last row's latents.
     with without_checkpointing(model.network):

@@ -6,27 +6,26 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..data import batch_rows
 from ..scores import score_losses
+from .rows import rows_apart
 from .targets import base_weight
 
 
-def sum_statistics(
-    run,
-    modules: Mapping[str, nn.Module],
-    batches: Iterable[Mapping[str, Tensor]],
-    projection,
-) -> dict[str, dict[str, Tensor]]:
-    """projection.collect summed over all batches, by module name.
+def sum_statistics(model, batches: Iterable[Mapping[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
+    """projection.collect summed over all batches, by module name, at the pretrained network with its probed head.
 
     Args:
-        run: batch -> (distribution of the labels, observed labels), with the pretrained network and its probed head.
-        modules: the adapted modules of that network.
+        model: a BayesianLoRA whose projection's `statistics` is "inputs", "labels" or "model"; "inputs" is a forward
+            pass alone.
         batches: the training data.
-        projection: a Projection whose `statistics` is "inputs", "labels" or "model"; "inputs" is a forward pass alone.
     """
+    modules, projection = model.modules, model.adapter.projection
+    if projection.statistics != "labels":
+        # All but the summed gradient need to know what is a row's own.
+        batches = rows_apart(model, batches)
     # A module may be called several times in one forward: ALBERT's layers share it, DeBERTa sends positions through it.
     inputs: dict[str, list[Tensor]] = {}
     outputs: dict[str, list[Tensor]] = {}
@@ -46,7 +45,7 @@ def sum_statistics(
     try:
         for batch in batches:
             with torch.set_grad_enabled(projection.statistics != "inputs"):
-                labels, observed = run(batch)
+                labels, observed = model.pretrained_labels(batch)
                 for gradients in _gradients(projection.statistics, labels, observed, outputs):
                     for name, calls in gradients.items():
                         for seen in _calls(inputs[name], calls, batch):
