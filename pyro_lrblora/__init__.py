@@ -21,7 +21,7 @@ from .data import Batches
 from .diagnostics import Diagnosis, diagnose
 from .generation import Generation, generate
 from .head import FixedHead
-from .infer import ChainsNotConverged, Rates, ScalesNotConverged
+from .infer import ChainsNotConverged, Rates, ScalesNotConverged, parallel_fits
 from .infer import svi as fit
 from .model import BayesianLoRA
 from .peft_io import import_peft
@@ -62,6 +62,7 @@ __all__ = [
     "infer",
     "likelihoods",
     "metrics",
+    "parallel_fits",
     "plots",
     "predict",
     "priors",

@@ -216,8 +216,8 @@ def importance(posterior: Posterior, train, draws: int = 50, seed: int = 0, **op
 
     Args:
         posterior, train, draws, seed: as for elbo.
-        options: batch_size=64, rows per forward, and tokenizer=, both for a datasets.Dataset; precision="fp32" or
-            "bf16", of the network; fold=, draws per forward, as for predict.
+        options: batch_size=64, rows per forward, and tokenizer=, both for a datasets.Dataset; precision="fp32",
+            "bf16" or "fp16", of the network; fold=, draws per forward, as for predict.
 
     Raises:
         TypeError, ValueError: as elbo.

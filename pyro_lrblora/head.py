@@ -66,6 +66,16 @@ def head_parameters(network: nn.Module, modules: Iterable[str] | None = None) ->
     return {name: p for name, p in named.items() if id(p) not in shared}
 
 
+def check_in_memory(parameters: Mapping[str, Tensor]) -> None:
+    """Raise a ValueError where a head's parameters are offloaded or quantised: they are trained, in float32."""
+    for name, parameter in parameters.items():
+        if parameter.is_meta or not parameter.is_floating_point():
+            raise ValueError(
+                f"expected the head in memory and not quantised, got {name!r} on device {str(parameter.device)!r} in "
+                f"{parameter.dtype}; name its module in the device_map, or in llm_int8_skip_modules"
+            )
+
+
 def check_head(head: object, parameters: Iterable[str]) -> None:
     """Raise a ValueError unless `head` is a treatment of a head with these parameters that a model knows."""
     if not (isinstance(head, FixedHead) or head in ("point", "bayesian", "frozen")):
@@ -96,7 +106,7 @@ def probe_head(model, batches) -> tuple[dict[str, Tensor], float]:
     seen: dict[str, Tensor] = {}
 
     def keep(module, args, output):
-        seen["inputs"], seen["output"] = args[0].detach().float(), output.detach().requires_grad_()
+        seen["inputs"], seen["output"] = args[0].detach().float().to(output.device), output.detach().requires_grad_()
         return seen["output"]
 
     features, labels = [], []
@@ -112,7 +122,7 @@ def probe_head(model, batches) -> tuple[dict[str, Tensor], float]:
             picked = picked if picked.dim() == 2 else picked.sum(1)
             # Of an item's choices, (B, C, H).
             features.append(picked if len(picked) == len(logits) else picked.unflatten(0, (len(logits), -1)))
-            labels.append(batch["labels"].to(model.device))
+            labels.append(batch["labels"].to(seen["output"].device))
     finally:
         handle.remove()
     x, y, bias = torch.cat(features).double(), torch.cat(labels), module.bias is not None

@@ -19,7 +19,7 @@ def logit_moments(posterior, batches, precision: str = "fp32") -> tuple[Tensor, 
     Args:
         posterior: Gaussian, or made of stored draws.
         batches: what as_batches returned; labels are optional.
-        precision: of the network, "fp32" or "bf16".
+        precision: of the network, "fp32", "bf16" or "fp16".
 
     Raises:
         TypeError: the posterior has no covariance in closed form, or the labels are not classes.

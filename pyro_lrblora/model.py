@@ -6,6 +6,7 @@ import copy
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 
 import pyro
 import pyro.distributions as dist
@@ -15,13 +16,17 @@ from torch import Tensor, nn
 from . import likelihoods, priors
 from .adapters import LoRAXS
 from .adapters.attach import Attachment
+from .adapters.cache import bind_cached, check_cache
 from .adapters.rows import run_rows
 from .adapters.statistics import sum_statistics
-from .adapters.targets import check_rank, find_targets
+from .adapters.targets import check_rank, device_of, find_targets
 from .data import Batch, as_batches, batch_rows
 from .data_plate import DataPlate
-from .head import FixedHead, PointHead, check_head, head_parameters, output_layer, probe_head
+from .head import FixedHead, PointHead, check_head, check_in_memory, head_parameters, output_layer, probe_head
 from .priors.learned import LearnedScale
+
+# What the network is autocast to, by name; guide and loss are float32 always.
+PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class BayesianLoRA:
@@ -68,6 +73,7 @@ class BayesianLoRA:
         self.tokenizer, self.size, self.dropout = tokenizer, size, dropout
         self.head_modules, self.head_scale = head_modules, head_scale
         parameters = head_parameters(network, head_modules)
+        check_in_memory(parameters)
         output = network.get_output_embeddings() if hasattr(network, "get_output_embeddings") else None
         excluded = {name.rpartition(".")[0] for name in parameters}
         excluded |= {name for name, module in network.named_modules() if module is output}
@@ -89,8 +95,8 @@ class BayesianLoRA:
 
     @property
     def device(self) -> torch.device:
-        """Where the latents live: the device of the first adapted module."""
-        return next(iter(self.modules.values())).weight.device
+        """Where the latents live and batches are sent: the device of the first adapted module."""
+        return device_of(next(iter(self.modules.values())))
 
     @property
     def adapted(self):
@@ -222,11 +228,11 @@ class BayesianLoRA:
         Needed by hand only where gradient checkpointing runs the layers again in backward, or for a precision.
 
         Args:
-            precision: "fp32", or "bf16" for autocast in the network alone.
+            precision: "fp32", or "bf16" or "fp16" for autocast in the network alone.
             dropout: None takes the model's own setting.
         """
-        if precision not in ("fp32", "bf16"):
-            raise ValueError(f"expected precision='fp32' or 'bf16', got {precision!r}")
+        if precision not in PRECISIONS:
+            raise ValueError(f"expected precision to be one of {list(PRECISIONS)}, got {precision!r}")
         with Attachment(self.network, self.adapted, self.dropout if dropout is None else dropout) as attachment:
             self._attachment, self._precision = attachment, precision
             try:
@@ -294,7 +300,7 @@ class BayesianLoRA:
         return new
 
     def prepare(
-        self, train, *, tokenizer=None, probe: bool = True, batch_size: int = 32, seed: int = 0
+        self, train, *, tokenizer=None, probe: bool = True, batch_size: int = 32, seed: int = 0, cache=None
     ) -> BayesianLoRA:
         """A copy that knows N, the probed head and the subspace, so that several fits share them.
 
@@ -304,24 +310,33 @@ class BayesianLoRA:
             probe: fit the head's output layer as a linear probe on the pretrained network first.
             batch_size: rows per batch of the passes over the data.
             seed: of every random choice (randomised SVD, LoRA's start).
+            cache: a folder that keeps the subspace, and where it is found again by what it was computed from: the
+                weights, the adapter and the seed, and where the projection looks at data, the network and the batches.
 
         Raises:
-            ValueError: labels out of range, empty data.
+            ValueError: labels out of range, empty data; with cache=, a projection or likelihood of your own without a
+                repr that tells it from others.
         """
         tokenizer = tokenizer or self.tokenizer
         batches = as_batches(train, tokenizer, batch_size=batch_size, by_length=True)
         self.check_labels(batches, "training data")
+        if cache is not None:
+            check_cache(self)
         new = self._copy(size=batches.rows, tokenizer=tokenizer, _class_names=batches.class_names, prepared=True)
         trained = self.head in ("point", "bayesian")
         if probe and trained and self.head_start:
             start, new.head_scale = probe_head(new, batches)
             new._set_head(self.head, start)
         if self._adapted is None:
-            statistics = {}
-            if self.adapter.statistics is not None:
-                statistics = sum_statistics(new, batches)
-            new._adapted = self.adapter.bind(self.modules, statistics, torch.Generator().manual_seed(seed))
+            bind = partial(new._bind, batches, seed)
+            new._adapted = bind() if cache is None else bind_cached(cache, new, batches, seed, bind)
         return new
+
+    def _bind(self, batches, seed: int):
+        statistics = {}
+        if self.adapter.statistics is not None:
+            statistics = sum_statistics(self, batches)
+        return self.adapter.bind(self.modules, statistics, torch.Generator().manual_seed(seed))
 
     def check_labels(self, batches, role: str) -> None:
         """Raise a ValueError unless the batches have labels that the likelihood can take."""
@@ -366,4 +381,5 @@ class BayesianLoRA:
             return self.network(**inputs)
 
     def _autocast(self):
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self._precision == "bf16")
+        dtype = PRECISIONS[self._precision]
+        return torch.autocast(self.device.type, dtype, enabled=dtype is not None)

@@ -47,7 +47,7 @@ def predict(
             last two are for Gaussian posteriors, and what Laplace approximations are meant for.
         seed: of the draws; the same seed gives the same predictions.
         batch_size: rows per forward, for a datasets.Dataset.
-        precision: "fp32" or "bf16".
+        precision: "fp32", "bf16" or "fp16".
         fold: draws per forward, folded into the batch's rows. None is one at a time on a CPU, where that is faster, and
             up to 512 rows together elsewhere.
         tokenizer: for a datasets.Dataset, where the model has none.
@@ -88,7 +88,7 @@ def predict_at(
         batches: what as_batches returned; labels are optional.
         values: by site, (S, *site shape), the parameters of a Bayesian head among them.
         head: what model.head_values returned.
-        precision: "fp32" or "bf16".
+        precision: "fp32", "bf16" or "fp16".
         fold: draws per forward, see `predict`.
     """
     parts = []

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from pyro import poutine
 from torch import Tensor
 
-from .adapters.targets import base_weight
+from .adapters.targets import weight_shape
 from .data import as_batches
 from .posterior import local_parameters
 from .predictive import Prediction, predict_at
@@ -27,7 +29,7 @@ def prior_predictive(
         draws: S, at least 1.
         seed: of the draws; the same seed gives the same predictions.
         batch_size: rows per forward, for a datasets.Dataset.
-        precision: "fp32" or "bf16".
+        precision: "fp32", "bf16" or "fp16".
         tokenizer: for a datasets.Dataset, where the model has none.
 
     Raises:
@@ -71,5 +73,5 @@ def induced_sd(model, draws: int = 200, seed: int = 0) -> dict[str, float]:
             left, right = model.adapted.low_rank_factors(name, latent)
             # |L R|_F^2 = tr(L'L R R'): r x r throughout.
             squares[name] += float(((left.T @ left) * (right @ right.T)).sum()) / draws
-    sizes = {name: base_weight(module).numel() for name, module in model.modules.items()}
+    sizes = {name: math.prod(weight_shape(module)) for name, module in model.modules.items()}
     return {name: (square / sizes[name]) ** 0.5 for name, square in squares.items()}

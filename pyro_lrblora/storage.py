@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from . import adapters, guides, likelihoods, priors, projections
-from .adapters.targets import base_weight
+from .adapters.targets import stored_parameters, weight_shape
 from .guides.stock import build_guide
 from .head import FixedHead
 from .model import BayesianLoRA
@@ -49,7 +49,7 @@ def save(posterior: Posterior, folder) -> None:
         "network": type(model.network).__name__,
         "base": names,
         "adapter": describe(model.adapter),
-        "modules": {name: list(base_weight(module).shape) for name, module in model.modules.items()},
+        "modules": {name: list(weight_shape(module)) for name, module in model.modules.items()},
         "prior": describe(model.prior),
         "likelihood": describe(model.likelihood),
         "guide": describe(posterior.guide_spec),
@@ -146,13 +146,13 @@ def _sha256(path: Path) -> str:
 
 def _base_probe(network: nn.Module, head: set[str]) -> tuple[list[str], Tensor]:
     """A few values of every parameter outside the head: (names, (P, 16))."""
-    named = {name: p for name, p in network.named_parameters() if name not in head}
-    rows = []
-    for parameter in named.values():
-        flat = parameter.detach().flatten()
-        places = torch.linspace(0, len(flat) - 1, _PROBES, device=flat.device).long()
-        rows.append(flat[places].float().cpu())
-    return list(named), torch.stack(rows)
+    rows = {}
+    for name, parameter in stored_parameters(network):
+        if name not in head:
+            flat = parameter.flatten()
+            places = torch.linspace(0, len(flat) - 1, _PROBES, device=flat.device).long()
+            rows[name] = flat[places].float().cpu()
+    return list(rows), torch.stack(list(rows.values()))
 
 
 def _check_base(network: nn.Module, head: set[str], names: list[str], saved: Tensor) -> None:

@@ -312,13 +312,12 @@ def test_a_folder_of_other_inputs_or_another_prior_is_refused(tmp_path):
 
 
 def test_two_processes_give_the_ranks_of_one(tmp_path):
-    pytest.importorskip("joblib")
     quick = lambda model, train, seed: lb.fit(
         model, train, guide=lb.guides.Diagonal(), steps=5, seed=seed, progress=False
     )
     problem, options = tiny_problem(20), {"simulations": 4, "draws": 19, "progress": False}
     one = sbc(*problem, quick, **options)
-    two = sbc(*problem, quick, jobs=2, folder=tmp_path, **options)
+    two = sbc(*problem, quick, n_jobs=2, folder=tmp_path, **options)
     assert two.ranks.equals(one.ranks)
     assert sbc(*problem, quick, folder=tmp_path, **options).ranks.equals(one.ranks)
     assert one.ranks.nunique().max() > 1
@@ -343,7 +342,7 @@ def test_a_point_head_and_a_learned_scale_are_refused():
         sbc(model, data)
 
 
-@pytest.mark.parametrize("argument", [{"simulations": 0}, {"draws": 0}, {"jobs": 0}, {"draws": 9.5}], ids=repr)
+@pytest.mark.parametrize("argument", [{"simulations": 0}, {"draws": 0}, {"n_jobs": 0}, {"draws": 9.5}], ids=repr)
 def test_counts_are_checked(argument):
     with pytest.raises(ValueError, match=f"expected {next(iter(argument))} to be an integer >= 1"):
         sbc(*tiny_problem(10), **argument)

@@ -49,14 +49,15 @@ class Attachment:
         if checkpointing:
             check_checkpointing(self._network)
         self._modes = [(module, module.training) for module in modules.values()]
-        self._trainable = [p for p in self._network.parameters() if p.requires_grad]
-        self._slots: dict[tuple[nn.Module, str], Tensor] = {}
-        self._handles = [
-            module.register_forward_hook(_Hook(self._hook, name, self._bound.factors(name, module.weight)))
-            for name, module in targets.items()
+        # By place: an offloaded parameter is another tensor after every forward.
+        self._trainable = [
+            (module, leaf) for module in modules.values() for leaf, p in module._parameters.items() if _trainable(p)
         ]
-        for parameter in self._trainable:
-            parameter.requires_grad_(False)
+        self._slots: dict[tuple[nn.Module, str], Tensor] = {}
+        self._frozen: dict[tuple[str, torch.device, torch.dtype], tuple] = {}
+        self._handles = [module.register_forward_hook(_Hook(self._hook, name)) for name, module in targets.items()]
+        for module, leaf in self._trainable:
+            module._parameters[leaf].requires_grad_(False)
         self._network.train(self._dropout)
         self._checkpointing = ExitStack()
         if checkpointing and not self._dropout:
@@ -69,11 +70,11 @@ class Attachment:
             handle.remove()
         for (module, leaf), parameter in self._slots.items():
             module._parameters[leaf] = parameter
-        for parameter in self._trainable:
-            parameter.requires_grad_(True)
+        for module, leaf in self._trainable:
+            module._parameters[leaf].requires_grad_(True)
         for module, training in self._modes:
             module.training = training
-        self._latents = {}
+        self._latents, self._frozen = {}, {}
 
     def set(self, latents: Mapping[str, Tensor], head: Mapping[str, Tensor]) -> None:
         """Use these latents (sites, one draw or one per row) and head parameters (dotted name -> value) from now on."""
@@ -81,13 +82,22 @@ class Attachment:
         for name, value in head.items():
             path, _, leaf = name.rpartition(".")
             module = self._network.get_submodule(path)
-            self._slots.setdefault((module, leaf), module._parameters[leaf])
-            module._parameters[leaf] = value
+            own = self._slots.setdefault((module, leaf), module._parameters[leaf])
+            module._parameters[leaf] = value.to(own.device, own.dtype)
 
-    def _hook(self, name, frozen, module, args, output):
+    def _hook(self, name, module, args, output):
         if name not in self._latents:
             return output
-        return output + self._bound.update(args[0], frozen, self._latents[name])
+        # The output says where the module runs and in what: accelerate moves inputs behind the hook's back.
+        key = (name, output.device, output.dtype)
+        if key not in self._frozen:
+            self._frozen[key] = self._bound.factors(name, output)
+        inputs = args[0].to(output.device, output.dtype)
+        return output + self._bound.update(inputs, self._frozen[key], self._latents[name])
+
+
+def _trainable(parameter: Tensor | None) -> bool:
+    return parameter is not None and parameter.requires_grad
 
 
 class _Hook(partial):

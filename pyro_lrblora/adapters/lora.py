@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..latents import LatentSites
 from .lora_xs import rowwise_linear
-from .targets import base_weight
+from .targets import weight_shape
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class LoRA:
         generator: torch.Generator,
     ) -> BoundLoRA:
         """The adapter on the modules of one network, A drawn as in PEFT (Kaiming uniform), B zero."""
-        shapes = {name: tuple(base_weight(module).shape) for name, module in modules.items()}
+        shapes = {name: weight_shape(module) for name, module in modules.items()}
         bound = BoundLoRA(shapes, self.rank, self.scaling, {})
         # Both zero would be a saddle that a point fit never leaves.
         bound.initial_a = {

@@ -112,7 +112,7 @@ class BoundLoRAXS:
         }
 
     def factors(self, module: str, like: Tensor) -> tuple[Tensor, Tensor]:
-        """A and B of a module on the device and in the dtype of its weight."""
+        """A and B of a module on the device and in the dtype of a tensor, its output."""
         basis = self.bases[module]
         return basis.A.to(like.device, like.dtype), basis.B.to(like.device, like.dtype)
 
@@ -165,7 +165,7 @@ def rowwise_linear(inputs: Tensor, weight: Tensor) -> Tensor:
     Raises:
         ValueError: the inputs cannot be divided among the B rows.
     """
-    weight = weight.to(inputs.dtype)
+    weight = weight.to(inputs.device, inputs.dtype)
     if weight.dim() == 2:
         return nn.functional.linear(inputs, weight)
     rows = weight.shape[0]

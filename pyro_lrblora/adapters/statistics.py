@@ -11,7 +11,7 @@ from torch import Tensor
 from ..data import batch_rows
 from ..scores import score_losses
 from .rows import rows_apart
-from .targets import base_weight
+from .targets import device_of, weight_shape
 
 
 def sum_statistics(model, batches: Iterable[Mapping[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
@@ -35,7 +35,8 @@ def sum_statistics(model, batches: Iterable[Mapping[str, Tensor]]) -> dict[str, 
             # Frozen weights leave no graph to differentiate: the first module's output starts one.
             output = output if output.requires_grad else output.detach().requires_grad_()
             outputs.setdefault(name, []).append(output)
-            inputs.setdefault(name, []).append(args[0].detach())
+            # accelerate moves a module's inputs to it where this hook does not see it.
+            inputs.setdefault(name, []).append(args[0].detach().to(output.device))
             return output
 
         return hook
@@ -50,16 +51,18 @@ def sum_statistics(model, batches: Iterable[Mapping[str, Tensor]]) -> dict[str, 
                     for name, calls in gradients.items():
                         for seen in _calls(inputs[name], calls, batch):
                             for key, value in projection.collect(*seen).items():
-                                totals[name][key] = totals[name].get(key, 0) + value
+                                if key in totals[name]:
+                                    totals[name][key] += value
+                                else:
+                                    totals[name][key] = value
             inputs.clear(), outputs.clear()
     finally:
         for handle in handles:
             handle.remove()
     unread = [name for name, total in totals.items() if not total]
     for name in unread:
-        weight = base_weight(modules[name])
-        m, n = weight.shape
-        nothing = (weight.new_zeros(shape, dtype=torch.float32) for shape in ((1, 1, n), (1, 1, m), (1, 1)))
+        m, n = weight_shape(modules[name])
+        nothing = (torch.zeros(shape, device=device_of(modules[name])) for shape in ((1, 1, n), (1, 1, m), (1, 1)))
         totals[name] = dict(projection.collect(*nothing))
     if unread:
         warnings.warn(

@@ -1,10 +1,12 @@
-"""Which linear modules of a network an adapter is attached to."""
+"""Which linear modules of a network an adapter is attached to, and where and how each stores its weight."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
+import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -13,8 +15,54 @@ _LAYER = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
 
 
 def base_weight(module: nn.Module) -> Tensor:
-    """The weight as (m out, n in), whichever way the module stores it."""
-    return module.weight.T if isinstance(module, Conv1D) else module.weight
+    """The weight as (m out, n in), whichever way the module stores it.
+
+    Quantised weights (bitsandbytes' 4 and 8 bit, torchao's) are dequantised, offloaded ones fetched: either is a copy
+    that lives as long as the caller keeps it. Plain weights are no copy.
+    """
+    with in_memory(module):
+        weight = module.weight
+        if type(weight).__module__.startswith("bitsandbytes"):
+            weight = _from_bitsandbytes(module)
+        return plain_tensor(weight).T if isinstance(module, Conv1D) else plain_tensor(weight)
+
+
+def plain_tensor(weight: Tensor) -> Tensor:
+    """The weight itself, dequantised where it is one of torchao's tensors."""
+    return weight.dequantize() if type(weight).__module__.startswith("torchao") else weight
+
+
+def weight_shape(module: nn.Module) -> tuple[int, int]:
+    """(m out, n in); of a quantised weight not the shape it is packed in."""
+    if isinstance(module, Conv1D):
+        n, m = module.weight.shape
+        return m, n
+    return module.out_features, module.in_features
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where a module runs: the device of its weight, or the one that accelerate fetches an offloaded weight to."""
+    if not module.weight.is_meta or not hasattr(module, "_hf_hook"):
+        return module.weight.device
+    return torch.device(module._hf_hook.execution_device)
+
+
+def in_memory(module: nn.Module) -> AbstractContextManager:
+    """A `with` block in which the weights of a module that accelerate has offloaded are there."""
+    if not (hasattr(module, "_hf_hook") and any(p.is_meta for p in module.parameters(recurse=False))):
+        return nullcontext()
+    from accelerate.utils import align_module_device
+
+    return align_module_device(module)
+
+
+def stored_parameters(network: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Every parameter by dotted name, torchao's dequantised, offloaded ones fetched one at a time."""
+    for name in dict(network.named_parameters()):
+        path, _, leaf = name.rpartition(".")
+        module = network.get_submodule(path)
+        with in_memory(module):
+            yield name, plain_tensor(module._parameters[leaf]).detach()
 
 
 def find_targets(
@@ -65,7 +113,7 @@ def check_rank(adapter, modules: Mapping[str, nn.Module]) -> None:
             f"budget={budget}; write budget={needed} or more"
         )
     for name, module in modules.items():
-        m, n = base_weight(module).shape
+        m, n = weight_shape(module)
         if not 1 <= rank <= min(m, n):
             raise ValueError(
                 f"expected 1 <= rank <= {min(m, n)} for module {name!r} with weight ({m}, {n}), got rank={rank}"
@@ -92,3 +140,16 @@ def _matches(name: str, targets: str | Sequence[str]) -> bool:
 def _layer(name: str) -> int | None:
     number = _LAYER.search(name)
     return int(number.group(1)) if number else None
+
+
+def _from_bitsandbytes(module: nn.Module) -> Tensor:
+    import bitsandbytes
+
+    weight = module.weight
+    if hasattr(weight, "quant_state"):
+        if weight.quant_state is None:  # not packed yet: that happens when the module is first moved
+            return weight.data
+        return bitsandbytes.functional.dequantize_4bit(weight.data, weight.quant_state)
+    # The first forward moves the rows' scales from the weight to the module's state.
+    scales = module.state.SCB if weight.SCB is None else weight.SCB
+    return weight.data if scales is None else bitsandbytes.functional.int8_vectorwise_dequant(weight.data, scales)

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import datasets
 import pandas as pd
-import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from ..data import as_batches, batch_rows
 from ..guides import FullRank
 from ..infer import Rates, svi
+from ..infer.parallel import run_jobs
 from ..model import BayesianLoRA
 from ..posterior import Posterior
 from .simulated_study import SimulatedStudy
@@ -45,7 +44,7 @@ def sbc(
     draws: int = 99,
     quantities: Mapping[str, Callable] | None = None,
     seed: int = 0,
-    jobs: int = 1,
+    n_jobs: int | None = 1,
     folder=None,
     progress: bool = True,
 ) -> SBC:
@@ -69,9 +68,9 @@ def sbc(
         simulations: refits, n.
         draws: S of each posterior; ranks are 0..S. Of a Markov chain's stored draws, S evenly spaced ones.
         quantities: name -> function(values by site (S, *site shape), batches) -> (S,), ranked beside those above.
-        seed: simulation i is the same for every `simulations` and `jobs`, up to rounding.
-        jobs: processes, each with one thread of torch; above 1 it needs joblib, and `fit` and `quantities` that can be
-            sent to another process.
+        seed: simulation i is the same for every `simulations` and `n_jobs`, up to rounding.
+        n_jobs: processes, each with one thread of torch, as for infer.parallel_fits; above 1 it needs `fit` and
+            `quantities` that can be sent to another process.
         folder: where every finished simulation, failed ones too, is written as a line; a second call goes on there.
             Give every `fit` a folder of its own: functions are told apart by name only.
         progress: show a progress bar.
@@ -83,7 +82,7 @@ def sbc(
         RuntimeError: every fit failed.
     """
     quantities = dict(quantities or {})
-    _check_arguments(model, fit, quantities, simulations=simulations, draws=draws, jobs=jobs)
+    _check_arguments(model, fit, quantities, simulations=simulations, draws=draws)
     batches = _batches(model, data)
     if not model.prepared:
         model = model.prepare(batches)
@@ -92,7 +91,8 @@ def sbc(
     configuration = study.configuration()
     records, file = ({}, None) if folder is None else _resume(Path(folder), configuration)
     missing = [number for number in range(simulations) if number not in records]
-    for record in tqdm(_run(study, missing, jobs), total=len(missing), disable=not progress, desc="SBC", unit="fit"):
+    jobs = {number: partial(study, number) for number in missing}
+    for _, record in run_jobs(jobs, n_jobs, progress, "SBC fits"):
         records[record["simulation"]] = record
         if file is not None:
             with file.open("a") as out:
@@ -186,22 +186,6 @@ def _batches(model, data) -> list[dict[str, Tensor]]:
     return [
         {name: value[start : start + _BATCH] for name, value in whole.items()} for start in range(0, len(data), _BATCH)
     ]
-
-
-def _run(study: SimulatedStudy, numbers: list[int], jobs: int) -> Iterator[dict]:
-    """The records of these simulations, in the order in which they end."""
-    if jobs == 1 or len(numbers) < 2:
-        yield from map(study, numbers)
-        return
-    from joblib import Parallel, delayed
-
-    parallel = Parallel(jobs, backend="loky", return_as="generator_unordered")
-    yield from parallel(delayed(_on_one_thread)(study, number) for number in numbers)
-
-
-def _on_one_thread(study: SimulatedStudy, number: int) -> dict:
-    torch.set_num_threads(1)
-    return study(number)
 
 
 def _resume(folder: Path, configuration: dict) -> tuple[dict[int, dict], Path]:

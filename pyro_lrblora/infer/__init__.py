@@ -5,6 +5,7 @@ from .ensemble import ensemble
 from .laplace import laplace
 from .mc_dropout import mc_dropout
 from .nuts import nuts
+from .parallel import parallel_fits
 from .progress import ScalesNotConverged
 from .sghmc import sghmc
 from .sgld import sgld
@@ -21,6 +22,7 @@ __all__ = [
     "laplace",
     "mc_dropout",
     "nuts",
+    "parallel_fits",
     "sghmc",
     "sgld",
     "svi",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 from ..data import as_batches
@@ -10,6 +12,7 @@ from ..guides.ensemble import Ensemble, EnsembleGuide
 from ..model import BayesianLoRA
 from ..posterior import Posterior, local_parameters
 from ..priors import prior_variance
+from .parallel import run_fits
 from .start import start_at
 from .svi import svi
 
@@ -23,6 +26,7 @@ def ensemble(
     guide=Delta(),
     spread: float = 0.1,
     seed: int = 0,
+    n_jobs: int | None = 1,
     tokenizer=None,
     batch_size: int = 32,
     **options,
@@ -39,6 +43,7 @@ def ensemble(
         guide: the members' family.
         spread: standard deviation of the members' starts around the base, as a share of the prior's.
         seed: of the starts and of the fits, member m having seed + m.
+        n_jobs: processes, as for parallel_fits.
         tokenizer: for a datasets.Dataset, where the model has none.
         batch_size: rows per batch, for a datasets.Dataset.
         options: of svi, for every member.
@@ -55,7 +60,7 @@ def ensemble(
     model.check_labels(rows, "training data")
     if not model.prepared:
         model = model.prepare(rows, tokenizer=tokenizer)
-    fits = []
+    jobs = {}
     for member in range(members):
         start = start_at(model, None, rows, tokenizer)
         with torch.no_grad():
@@ -63,18 +68,13 @@ def ensemble(
             generator = torch.Generator().manual_seed(seed + member)
             noise = torch.randn(len(variance), generator=generator).to(variance)
             start.guide.loc += spread * variance.sqrt() * noise
-        fits.append(
-            svi(
-                model,
-                train,
-                guide=guide,
-                init=start,
-                seed=seed + member,
-                tokenizer=tokenizer,
-                batch_size=batch_size,
-                **options,
-            )  # fmt: skip
-        )
+        jobs[f"member {member}"] = partial(
+            svi, model, train, guide=guide, init=start, seed=seed + member, tokenizer=tokenizer, batch_size=batch_size,
+            **options,
+        )  # fmt: skip
+    own = {"prior": model.prior, "likelihood": model.likelihood, "guide": guide, "tokenizer": tokenizer}
+    found = dict(run_fits(jobs, model.network, n_jobs, own))
+    fits = [found[name] for name in jobs]
     combined = EnsembleGuide([fit.guide for fit in fits], [fit.head() for fit in fits])
     # The posterior's own head, for a prediction at the mean, is the average of the members'.
     averaged = fits[0].model.with_head(fits[0].model.head)

@@ -11,6 +11,8 @@ from ..model import BayesianLoRA
 from ..posterior import Posterior
 from .elbo import PartedELBO
 
+_UNSCALED = torch.amp.GradScaler("cpu", enabled=False)
+
 
 @dataclass(frozen=True)
 class Rates:
@@ -59,6 +61,7 @@ def add_gradients(
     where: tuple[int, int | None],
     precision: str = "fp32",
     accumulate: int = 1,
+    scaler: torch.amp.GradScaler = _UNSCALED,
 ) -> None:
     """Add the gradients of a batch's estimate of (-ELBO - log prior of a point head) / N / accumulate.
 
@@ -69,6 +72,7 @@ def add_gradients(
         where: position and epoch, for the message.
         precision: of the network.
         accumulate: batches per step.
+        scaler: what gradient_scaler returned; the gradients stay scaled until `step`.
 
     Raises:
         FloatingPointError: NaN or infinite loss; names the batch.
@@ -79,13 +83,33 @@ def add_gradients(
         loss = (loss + model.head_penalty(model.head_values())) / model.size
         if not loss.isfinite():
             raise FloatingPointError(f"expected a finite loss, got {loss.item()}")
-        (loss / accumulate).backward()
+        scaler.scale(loss / accumulate).backward()
 
 
-def step(optimiser: torch.optim.Optimizer, clip: float | None) -> None:
-    """Move against the gradients, their norm clipped, and clear them."""
+def gradient_scaler(model: BayesianLoRA, precision: str) -> torch.amp.GradScaler:
+    """Loss scaling where the network computes in fp16, in which small gradients are zero; else none.
+
+    A step whose gradients overflow is left out, and the scale halved (Micikevicius et al. 2018, arXiv 1710.03740).
+    """
+    half = precision == "fp16" or any(p.dtype == torch.float16 for p in model.network.parameters())
+    # Gradients of the mean over rows are small: from torch's own 2^16 the first steps may be left out.
+    return torch.amp.GradScaler(model.device.type, init_scale=2.0**12, enabled=half)
+
+
+def step(optimiser: torch.optim.Optimizer, clip: float | None, scaler: torch.amp.GradScaler = _UNSCALED) -> None:
+    """Move against the gradients, unscaled and their norm clipped, and clear them.
+
+    Raises:
+        FloatingPointError: gradients that overflow fp16 at any scale.
+    """
+    scaler.unscale_(optimiser)
     if clip is not None:
         parameters = [p for group in optimiser.param_groups for p in group["params"]]
         torch.nn.utils.clip_grad_norm_(parameters, clip)
-    optimiser.step()
+    scaler.step(optimiser)
+    scaler.update()
     optimiser.zero_grad()
+    if scaler.get_scale() < 1:
+        raise FloatingPointError(
+            "expected finite gradients in fp16, got overflow at every scale; write precision='bf16'"
+        )

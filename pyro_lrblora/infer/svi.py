@@ -16,13 +16,13 @@ from tqdm.auto import tqdm
 from ..data import as_batches
 from ..guides import Delta, LowRankPrecision
 from ..guides.stock import check_guide_spec
-from ..model import BayesianLoRA
+from ..model import PRECISIONS, BayesianLoRA
 from ..posterior import Posterior, local_parameters
 from ..predictive import predict
 from .elbo import PartedELBO, has_closed_form
 from .progress import DRIFT, SCHEDULES, BestState, ScalesNotConverged, ScaleWatch, multiplier
 from .start import base_guide, in_subspace, spread_guide
-from .step import Rates, add_gradients, optimiser_of, step
+from .step import Rates, add_gradients, gradient_scaler, optimiser_of, step
 from .stock_laplace import normal_at_mode
 
 _ROWWISE_ENTRIES = 2**26  # latents of all rows of a batch, above which draws are shared
@@ -91,7 +91,8 @@ def svi(
         validation_draws: posterior draws for that NLL.
         seed: of everything random here.
         device: None leaves the network where it is; "auto", "cpu", "cuda" or "mps" moves it.
-        precision: "fp32", or "bf16" for autocast in the network alone; guide and loss stay in float32.
+        precision: "fp32", or "bf16" or "fp16" for autocast in the network alone; guide and loss stay in float32, and
+            fp16 scales the loss.
         callbacks: called after every epoch with the history's last row and the posterior so far; a true value stops.
         progress: show a progress bar.
         tokenizer: for a datasets.Dataset, where the model has none.
@@ -106,7 +107,7 @@ def svi(
     _check_choice("schedule", schedule, SCHEDULES)
     _check_choice("kl", kl, ("auto", "closed", "mc"))
     _check_choice("draws", draws, ("auto", "row", "shared"))
-    _check_choice("precision", precision, ("fp32", "bf16"))
+    _check_choice("precision", precision, list(PRECISIONS))
     counts = {"epochs": epochs, "batch_size": batch_size, "accumulate": accumulate, "particles": particles}
     for name, value in (counts | {"steps": 1 if steps is None else steps}).items():
         if not (isinstance(value, int) and value >= 1):
@@ -115,6 +116,8 @@ def svi(
         raise ValueError("expected validation= with patience=: early stopping needs rows that are not trained on")
     if path_derivative and kl == "closed":
         raise ValueError("expected kl='mc' or 'auto' with path_derivative=True: a closed-form KL has no score term")
+    if device is not None and len(set(getattr(model.network, "hf_device_map", {}).values())) > 1:
+        raise ValueError(f"expected device=None for a network spread by a device_map, got device={device!r}")
     check_guide_spec(guide)
     tokenizer = tokenizer or model.tokenizer
     train = as_batches(train, tokenizer, batch_size=batch_size, shuffle=seed)
@@ -170,7 +173,7 @@ def svi(
         }
         posterior = Posterior(model, fitted, guide, [], settings)
         total = steps or epochs * math.ceil(len(train) / accumulate)
-        optimiser = optimiser_of(posterior, rates)
+        optimiser, scaler = optimiser_of(posterior, rates), gradient_scaler(model, precision)
         pace = multiplier(schedule, warmup, total)
         scheduler = LambdaLR(optimiser, pace)
         watch, best = ScaleWatch(), BestState(posterior)
@@ -182,11 +185,11 @@ def svi(
         while done < total and not stop:
             epoch, bounds, begun, spent = epoch + 1, [], time.perf_counter(), 0.0
             for position, batch in enumerate(train):
-                add_gradients(model, elbo, program, proposal, batch, (position, epoch), precision, accumulate)
+                add_gradients(model, elbo, program, proposal, batch, (position, epoch), precision, accumulate, scaler)
                 bounds.append(elbo.bound)
                 if (position + 1) % accumulate and position + 1 < len(train):
                     continue
-                step(optimiser, clip)
+                step(optimiser, clip, scaler)
                 spent += pace(done) * accumulate / len(train)
                 scheduler.step()
                 done += 1

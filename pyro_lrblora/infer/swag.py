@@ -14,7 +14,7 @@ from ..model import BayesianLoRA
 from ..posterior import Posterior, local_parameters
 from .elbo import PartedELBO
 from .start import prior_sites, start_at
-from .step import Rates, add_gradients, optimiser_of, step
+from .step import Rates, add_gradients, gradient_scaler, optimiser_of, step
 from .svi import svi
 
 
@@ -145,13 +145,13 @@ class Moments:
 def _collect(point, train, snapshots, every, columns, rates, clip, callbacks, progress) -> Moments:
     model, guide, head = point.model, point.guide, point.model.point_head
     elbo = PartedELBO(False, model.sites.shapes)
-    optimiser = optimiser_of(point, rates)
+    optimiser, scaler = optimiser_of(point, rates), gradient_scaler(model, "fp32")
     moments, batches = Moments(columns), endless(train)
     for number in tqdm(range(snapshots), disable=not progress, desc="SWAG", unit="snapshot"):
         for _ in range(every):
             position, batch = next(batches)
-            add_gradients(model, elbo, model, guide, batch, (position, None))
-            step(optimiser, clip)
+            add_gradients(model, elbo, model, guide, batch, (position, None), scaler=scaler)
+            step(optimiser, clip, scaler)
         moments.add(guide.loc, {} if head is None else head.state_dict())
         row = {"snapshot": number + 1, "step": (number + 1) * every, "log_joint": elbo.bound.elbo}
         for callback in callbacks:

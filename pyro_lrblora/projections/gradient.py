@@ -33,10 +33,11 @@ class Gradient:
     def collect(self, inputs: Tensor, gradients: Tensor, mask: Tensor) -> dict[str, Tensor]:
         if not self.label_free:
             return {"gradient": torch.einsum("btm,btn->mn", gradients, inputs)}
-        per_row = torch.einsum("btm,btn->bmn", gradients, inputs)
+        # With G = g' x of a row's T tokens, G G' = g' (x x') g: T x T numbers a row instead of the m x n of G.
+        gram = lambda tokens: tokens @ tokens.mT
         return {
-            "left": torch.einsum("bmn,bkn->mk", per_row, per_row),
-            "right": torch.einsum("bmn,bmk->nk", per_row, per_row),
+            "left": (gradients.mT @ gram(inputs) @ gradients).sum(0),
+            "right": (inputs.mT @ gram(gradients) @ inputs).sum(0),
         }
 
     def summed_gradient(self, statistics: Mapping[str, Tensor]) -> Tensor:
