@@ -1,11 +1,14 @@
 """Fit a Bayesian LoRA posterior to any text classification data with any base, and score it.
 
 python models/sequence_classification.py --base roberta-base --data glue/sst2 --guide LowRank --prior Horseshoe
+
+Under `torchrun --nproc-per-node 4 ...` or `accelerate launch ...` the processes share the rows of every batch.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 
 import datasets
@@ -75,8 +78,19 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--checkpoint", type=Path, help="folder written every epoch; an interrupted fit goes on from it"
+    )
+    parser.add_argument("--resume", action="store_true", help="there must be a fit in --checkpoint to go on with")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
+    if args.resume and args.checkpoint is None:
+        parser.error("expected --checkpoint FOLDER with --resume")
+    group = None
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        import accelerate
+
+        group = accelerate.PartialState(cpu=args.device == "cpu")
 
     train, validation, test = load_splits(args.data, args.rows, 300, args.test_rows, args.seed)
     network, tokenizer = load_base(args.base, max(train["label"]) + 1, args.mean_pool, args.dtype)
@@ -94,7 +108,13 @@ def main() -> None:
         epochs=args.epochs,
         device=args.device,
         seed=args.seed,
+        **{"resume_from" if args.resume else "checkpoint": args.checkpoint},
     )
+    if group is not None:
+        first = group.is_main_process
+        group.destroy_process_group()
+        if not first:
+            return
     table = lb.compare({args.guide: posterior}, test, validation=validation, draws=args.draws)
     print(posterior, table.T.to_string(float_format="{:.4f}".format), sep="\n")
     if args.out:

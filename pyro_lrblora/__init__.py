@@ -2,6 +2,7 @@
 
 from . import (
     adapters,
+    callbacks,
     data,
     diagnostics,
     distributions,
@@ -48,6 +49,7 @@ __all__ = [
     "ScalesNotConverged",
     "TokenPrediction",
     "adapters",
+    "callbacks",
     "compare",
     "data",
     "diagnose",

@@ -53,6 +53,11 @@ class Prediction:
         return self.logits.log_softmax(-1).gather(-1, index).squeeze(-1)
 
     @property
+    def observations(self) -> int:
+        """How many the NLL is the mean of: N."""
+        return self.logits.shape[1]
+
+    @property
     def nll(self) -> float:
         """Mean negative log probability of the labels, nats per row."""
         return metrics.nll(self.probs, self.labels)
@@ -124,6 +129,11 @@ class NumberPrediction:
         return Normal(self.loc, self.scale).log_prob(self.labels.to(self.loc))
 
     @property
+    def observations(self) -> int:
+        """How many the NLL is the mean of: N."""
+        return self.loc.shape[1]
+
+    @property
     def nll(self) -> float:
         """Mean negative log predictive density of the labels, nats per row."""
         return float(self.losses()["NLL"].mean())
@@ -181,6 +191,11 @@ class TokenPrediction:
         """Log of each token's probability averaged over draws, (N, T): what is generated from."""
         mixture = self.token_log_probs.logsumexp(0) - math.log(len(self.token_log_probs))
         return mixture * self.scored
+
+    @property
+    def observations(self) -> int:
+        """How many the NLL is the mean of: the tokens that are scored."""
+        return int(self.scored.sum())
 
     @property
     def nll(self) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -51,8 +52,8 @@ class EncodedBatches:
         lengths: Sequence[int],
     ):
         self._encoded, self.labels, self._tokenizer = encoded, labels, tokenizer
-        self._batch_size, self.rows = batch_size, len(lengths)
-        self._generator = None if shuffle is None else torch.Generator().manual_seed(shuffle)
+        self._batch_size, self.rows, self._shuffle = batch_size, len(lengths), shuffle
+        self.generator = None if shuffle is None else torch.Generator().manual_seed(shuffle)
         self.order = np.argsort(lengths, kind="stable") if by_length else np.arange(self.rows)
 
     def __len__(self) -> int:
@@ -60,11 +61,23 @@ class EncodedBatches:
 
     def __iter__(self) -> Iterator[Batch]:
         order = self.order
-        if self._generator is not None:
+        if self.generator is not None:
             # Kept, so that whoever reads `order` after a pass knows which row was where in it.
-            order = self.order = torch.randperm(self.rows, generator=self._generator).numpy()
+            order = self.order = torch.randperm(self.rows, generator=self.generator).numpy()
         for start in range(0, self.rows, self._batch_size):
             yield self._collate(order[start : start + self._batch_size])
+
+    def restarted(self) -> EncodedBatches:
+        """The same batches with the order of their first pass ahead, so that a fit depends on no earlier one."""
+        new = copy.copy(self)
+        new.generator = None if self._shuffle is None else torch.Generator().manual_seed(self._shuffle)
+        return new
+
+    def in_order(self) -> EncodedBatches:
+        """The same rows in the dataset's own order."""
+        new = copy.copy(self)
+        new.generator, new.order = None, np.arange(self.rows)
+        return new
 
     def _collate(self, rows: Sequence[int]) -> dict[str, Tensor]:
         batch = self._padded({name: [values[row] for row in rows] for name, values in self._encoded.items()})
@@ -145,7 +158,8 @@ class _GivenBatches:
                 "expected batches that can be iterated more than once (a list, a DataLoader), got an iterator; write "
                 "list(...) around it"
             )
-        self._batches = batches
+        self.source = batches
+        self.generator = getattr(batches, "generator", None)  # of a shuffling DataLoader that was given one
         sizes, labels = [], []
         for batch in batches:
             if not isinstance(batch, Mapping):
@@ -163,7 +177,11 @@ class _GivenBatches:
         return self._length
 
     def __iter__(self) -> Iterator[Batch]:
-        return iter(self._batches)
+        return iter(self.source)
+
+    def restarted(self) -> _GivenBatches:
+        """Itself: where its order comes from is the user's affair."""
+        return self
 
 
 def as_batches(data, tokenizer=None, **options) -> EncodedBatches | _GivenBatches:

@@ -108,14 +108,19 @@ class Mirrored(Messenger):
             return
         fn = msg["fn"]
         if fn.batch_shape:
-            rows = fn.batch_shape[0]
-            first = fn.rsample()[: (rows + 1) // 2]
-            msg["value"] = torch.cat([first, 2 * fn.mean[: len(first)] - first])[:rows]
+            msg["value"] = mirrored(fn)
         elif self._waiting is None:
             msg["value"] = self._waiting = fn.rsample()
         else:
             msg["value"], self._waiting = 2 * fn.mean - self._waiting, None
         msg["done"] = True
+
+
+def mirrored(fn) -> Tensor:
+    """Draws of a distribution with batch shape (B,), the second half mirrored at the mean: (B, D)."""
+    rows = fn.batch_shape[0]
+    first = fn.rsample()[: (rows + 1) // 2]
+    return torch.cat([first, 2 * fn.mean[: len(first)] - first])[:rows]
 
 
 def score_term(guide: LatentGuide, node) -> Tensor:

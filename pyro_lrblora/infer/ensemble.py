@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 
 import torch
 
@@ -29,6 +30,7 @@ def ensemble(
     n_jobs: int | None = 1,
     tokenizer=None,
     batch_size: int = 32,
+    checkpoint: str | Path | None = None,
     **options,
 ) -> Posterior:
     """Fit M guides from different starts and orders of the data, in one subspace, each with its own point head.
@@ -46,15 +48,18 @@ def ensemble(
         n_jobs: processes, as for parallel_fits.
         tokenizer: for a datasets.Dataset, where the model has none.
         batch_size: rows per batch, for a datasets.Dataset.
+        checkpoint: as for svi, with a folder in it for every member.
         options: of svi, for every member.
 
     Raises:
-        ValueError: fewer than 2 members, or an option that is the ensemble's own.
+        ValueError: fewer than 2 members, or an option that is not for an ensemble.
     """
     if not (isinstance(members, int) and members >= 2):
         raise ValueError(f"expected members to be an integer >= 2, got members={members!r}")
     if "init" in options:
         raise ValueError("expected no init= for an ensemble: its members start apart; write members= and spread=")
+    if "resume_from" in options:
+        raise ValueError("expected checkpoint= for an ensemble, which goes on with what is there, got resume_from=")
     tokenizer = tokenizer or model.tokenizer
     rows = as_batches(train, tokenizer, batch_size=batch_size)
     model.check_labels(rows, "training data")
@@ -70,7 +75,7 @@ def ensemble(
             start.guide.loc += spread * variance.sqrt() * noise
         jobs[f"member {member}"] = partial(
             svi, model, train, guide=guide, init=start, seed=seed + member, tokenizer=tokenizer, batch_size=batch_size,
-            **options,
+            checkpoint=None if checkpoint is None else Path(checkpoint) / f"member_{member}", **options,
         )  # fmt: skip
     own = {"prior": model.prior, "likelihood": model.likelihood, "guide": guide, "tokenizer": tokenizer}
     found = dict(run_fits(jobs, model.network, n_jobs, own))

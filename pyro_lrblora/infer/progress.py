@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+
+from torch import Tensor, nn
 
 from ..guides import LatentGuide
 
@@ -37,7 +38,7 @@ class ScaleWatch:
     """
 
     def __init__(self):
-        self._points: list[tuple[float, float]] = []
+        self.points: list[tuple[float, float]] = []  # (epochs at the full rate so far, mean log sd)
 
     def record(self, guide, spent: float) -> float | None:
         """Note the guide's scales after `spent` more epochs' worth of full-rate steps; returns the mean log sd."""
@@ -48,40 +49,63 @@ class ScaleWatch:
         except NotImplementedError:  # a flow
             return None
         level = float(variance.log().mean() / 2)
-        before = self._points[-1][0] if self._points else 0.0
-        self._points.append((before + spent, level))
+        before = self.points[-1][0] if self.points else 0.0
+        self.points.append((before + spent, level))
         return level
 
     @property
     def drift(self) -> float:
         """Change of the mean log sd per epoch at the full rate, at the end; 0 where there is nothing to watch."""
-        if len(self._points) < 2:
+        if len(self.points) < 2:
             return 0.0
-        spent, level = self._points[-1]
-        earlier = [point for point in self._points if point[0] <= 0.75 * spent][-1]
+        spent, level = self.points[-1]
+        earlier = [point for point in self.points if point[0] <= 0.75 * spent][-1]
         return abs(level - earlier[1]) / max(spent - earlier[0], 1e-12)
 
 
 class BestState:
-    """The parameters at the best validation NLL so far."""
+    """The parameters at the best validation NLL so far.
 
-    def __init__(self, posterior):
-        trained = (posterior.guide, posterior.model.point_head, posterior.model.learned_scale)
-        self._modules = [module for module in trained if module is not None]
-        self._best, self._waited, self._state = math.inf, 0, None
+    Args:
+        modules: what is trained, by name.
+        patience: epochs without a better NLL after which to stop; None for no end.
+    """
 
-    def update(self, nll: float, patience: int | None) -> bool:
-        """Note an epoch's NLL; true when `patience` epochs have passed without a better one."""
-        if patience is None:
-            return False
-        if nll < self._best:
-            self._best, self._waited = nll, 0
-            self._state = [copy.deepcopy(module.state_dict()) for module in self._modules]
+    def __init__(self, modules: Mapping[str, nn.Module], patience: int | None):
+        self._modules, self._patience = modules, patience
+        self.nll, self.waited = math.inf, 0
+        self.state: dict[str, Tensor] = {}
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether patience is at its end."""
+        return self._patience is not None and self.waited >= self._patience
+
+    def update(self, nll: float) -> None:
+        """Note an epoch's NLL, and the parameters where it is the best one."""
+        if nll < self.nll:
+            self.nll, self.waited = nll, 0
+            self.state = {name: value.clone() for name, value in states(self._modules).items()}
         else:
-            self._waited += 1
-        return self._waited >= patience
+            self.waited += 1
 
     def restore(self) -> None:
-        """Put the best parameters back."""
-        for module, state in zip(self._modules, self._state or (), strict=False):
-            module.load_state_dict(state)
+        """Put the best parameters back, where there are any."""
+        if self.state:
+            load_states(self._modules, self.state)
+
+
+def states(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    """The parameters and buffers of several modules in one flat dict."""
+    return {f"{name}.{k}": v.detach() for name, module in modules.items() for k, v in module.state_dict().items()}
+
+
+def load_states(modules: Mapping[str, nn.Module], tensors: Mapping[str, Tensor]) -> None:
+    """Put back what `states` returned."""
+    for name, module in modules.items():
+        module.load_state_dict(under(f"{name}.", tensors))
+
+
+def under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors whose names begin with a prefix, by what follows it."""
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}

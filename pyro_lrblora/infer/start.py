@@ -9,12 +9,14 @@ import torch
 from pyro import poutine
 from pyro.infer.autoguide import AutoGuide
 
+from ..adapters.targets import base_weight
 from ..fisher import fisher
 from ..guides import Curvature, Delta, LatentGuide
 from ..guides.stock import build_guide
 from ..model import BayesianLoRA
 from ..posterior import Posterior, fixed_from
 from ..priors import prior_variance
+from .progress import under
 
 
 def in_subspace(model: BayesianLoRA, init: Posterior | None, train, tokenizer) -> BayesianLoRA:
@@ -28,6 +30,33 @@ def in_subspace(model: BayesianLoRA, init: Posterior | None, train, tokenizer) -
     elif not model.prepared:
         model = model.prepare(train, tokenizer=tokenizer)
     return model.with_size(train.rows)
+
+
+def subspace_of(model: BayesianLoRA) -> tuple[dict[str, torch.Tensor], dict]:
+    """What `in_subspace` decided, as tensors and JSON: the adapter's frozen part, the head's start and its scale."""
+    tensors = {f"adapter.{name}": value for name, value in model.adapted.tensors().items()}
+    tensors |= {f"head.{name}": value for name, value in model.head_start.items()}
+    return tensors, {"head_scale": model.head_scale, "class_names": model._class_names, "prepared": model.prepared}
+
+
+def in_same_subspace(
+    model: BayesianLoRA, tensors: Mapping[str, torch.Tensor], values: Mapping, rows: int, tokenizer
+) -> BayesianLoRA:
+    """in_subspace without its passes over the data, from what `subspace_of` returned."""
+    shapes = {name: tuple(base_weight(module).shape) for name, module in model.modules.items()}
+    frozen = {name: value.to(model.device) for name, value in under("adapter.", tensors).items()}
+    head = under("head.", tensors)
+    new = model._copy(
+        size=rows,
+        tokenizer=tokenizer or model.tokenizer,
+        head_scale=values["head_scale"],
+        prepared=values["prepared"],
+        _class_names=values["class_names"],
+        _adapted=model.adapter.restore(frozen, shapes),
+    )
+    # In the network's order, which is the order draws are made in; a file's is alphabetical.
+    new._set_head(model.head, {name: head[name] for name in model.head_start})
+    return new
 
 
 def start_at(model: BayesianLoRA, init: Posterior | None, train, tokenizer) -> Posterior:

@@ -60,10 +60,10 @@ def add_gradients(
     batch: Batch,
     where: tuple[int, int | None],
     precision: str = "fp32",
-    accumulate: int = 1,
+    weight: float = 1.0,
     scaler: torch.amp.GradScaler = _UNSCALED,
 ) -> None:
-    """Add the gradients of a batch's estimate of (-ELBO - log prior of a point head) / N / accumulate.
+    """Add the gradients of a batch's estimate of (-ELBO - log prior of a point head) / N, times a weight.
 
     Args:
         model: owns the head; of `program` and `proposal`, model and guide or their row-wise forms.
@@ -71,7 +71,7 @@ def add_gradients(
         batch: with labels.
         where: position and epoch, for the message.
         precision: of the network.
-        accumulate: batches per step.
+        weight: the batch's share of the step.
         scaler: what gradient_scaler returned; the gradients stay scaled until `step`.
 
     Raises:
@@ -83,7 +83,7 @@ def add_gradients(
         loss = (loss + model.head_penalty(model.head_values())) / model.size
         if not loss.isfinite():
             raise FloatingPointError(f"expected a finite loss, got {loss.item()}")
-        scaler.scale(loss / accumulate).backward()
+        scaler.scale(loss * weight).backward()
 
 
 def gradient_scaler(model: BayesianLoRA, precision: str) -> torch.amp.GradScaler:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import math
-import time
 import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 from pyro import poutine
 from pyro.infer.autoguide import AutoLaplaceApproximation
-from torch.optim.lr_scheduler import LambdaLR
 from tqdm.auto import tqdm
 
 from ..data import as_batches
@@ -19,12 +19,16 @@ from ..guides.stock import check_guide_spec
 from ..model import PRECISIONS, BayesianLoRA
 from ..posterior import Posterior, local_parameters
 from ..predictive import predict
+from .checkpoint import Checkpoint, identity_of
+from .data_parallel import Workers
 from .elbo import PartedELBO, has_closed_form
-from .progress import DRIFT, SCHEDULES, BestState, ScalesNotConverged, ScaleWatch, multiplier
+from .loop import Loop
+from .progress import DRIFT, SCHEDULES, ScalesNotConverged, multiplier
 from .start import base_guide, in_subspace, spread_guide
-from .step import Rates, add_gradients, gradient_scaler, optimiser_of, step
+from .step import Rates, gradient_scaler, optimiser_of
 from .stock_laplace import normal_at_mode
 
+_LOGGER = logging.getLogger("pyro_lrblora")
 _ROWWISE_ENTRIES = 2**26  # latents of all rows of a batch, above which draws are shared
 
 
@@ -53,17 +57,22 @@ def svi(
     path_derivative: bool = False,
     accumulate: int = 1,
     patience: int | None = None,
+    keep_best: bool = False,
     validation_draws: int = 8,
     seed: int = 0,
     device: str | None = None,
     precision: str = "fp32",
+    checkpoint: str | Path | None = None,
+    resume_from: str | Path | None = None,
     callbacks: Sequence[Callable[[dict, Posterior], object]] = (),
     progress: bool = True,
     tokenizer=None,
 ) -> Posterior:
     """Fit a guide to a model by stochastic variational inference, and return the posterior with its history.
 
-    Neither the model, nor the network, nor Pyro's param store is changed.
+    Neither the model, nor the network, nor Pyro's param store is changed. Every epoch is a row of the history and, at
+    level INFO, a line of the logger "pyro_lrblora". In a torch.distributed process group the processes share the rows
+    of every batch, for the result of one process; each is to make the same call, with all rows.
 
     Args:
         model: prepared or not; preparing it once lets several fits share one subspace.
@@ -71,7 +80,7 @@ def svi(
         validation: rows whose NLL is recorded every epoch.
         guide: a spec of pyro_lrblora.guides, a stock Pyro autoguide class, or a callable from a model to a guide.
         epochs: passes over train; `steps`, where given, counts optimiser steps instead.
-        batch_size: rows per batch, for a datasets.Dataset.
+        batch_size: rows per batch (of all processes together), for a datasets.Dataset.
         rates: learning rates. A point head is trained to its posterior mode under the model's head_scale.
         schedule: "cosine", "linear" or "constant", after a linear warm-up over the share `warmup` of all steps.
         clip: greatest norm of the gradient of -ELBO / N; None for no clipping.
@@ -88,17 +97,22 @@ def svi(
         path_derivative: leave out the score term of log q ("sticking the landing"); Monte Carlo KL only.
         accumulate: batches per optimiser step.
         patience: stop after so many epochs without a better validation NLL and go back to the best; None runs all.
+        keep_best: go back to the epoch with the best validation NLL at the end, whether or not anything stopped early.
         validation_draws: posterior draws for that NLL.
         seed: of everything random here.
         device: None leaves the network where it is; "auto", "cpu", "cuda" or "mps" moves it.
         precision: "fp32", or "bf16" or "fp16" for autocast in the network alone; guide and loss stay in float32, and
             fp16 scales the loss.
-        callbacks: called after every epoch with the history's last row and the posterior so far; a true value stops.
+        checkpoint: folder that the fit is written to after every epoch; what this very call left there is gone on with,
+            to the same result (bit for bit on a CPU) as without the break.
+        resume_from: the same, but there must be something to go on with.
+        callbacks: called after every epoch with the history's last row and the posterior so far, see
+            pyro_lrblora.callbacks; a true value stops.
         progress: show a progress bar.
         tokenizer: for a datasets.Dataset, where the model has none.
 
     Raises:
-        ValueError, TypeError, KeyError: bad arguments or data, before any work.
+        ValueError, TypeError, KeyError: bad arguments, data or checkpoint, before any work.
         FloatingPointError: NaN or infinite loss; names the batch.
 
     Warns:
@@ -112,15 +126,17 @@ def svi(
     for name, value in (counts | {"steps": 1 if steps is None else steps}).items():
         if not (isinstance(value, int) and value >= 1):
             raise ValueError(f"expected {name} to be an integer >= 1, got {name}={value!r}")
-    if patience is not None and validation is None:
-        raise ValueError("expected validation= with patience=: early stopping needs rows that are not trained on")
+    if (patience is not None or keep_best) and validation is None:
+        raise ValueError("expected validation= with patience= or keep_best=: the best is judged on rows not trained on")
+    if checkpoint is not None and resume_from is not None:
+        raise ValueError("expected checkpoint= or resume_from=, got both; resume_from= goes on writing to its folder")
     if path_derivative and kl == "closed":
         raise ValueError("expected kl='mc' or 'auto' with path_derivative=True: a closed-form KL has no score term")
     if device is not None and len(set(getattr(model.network, "hf_device_map", {}).values())) > 1:
         raise ValueError(f"expected device=None for a network spread by a device_map, got device={device!r}")
     check_guide_spec(guide)
     tokenizer = tokenizer or model.tokenizer
-    train = as_batches(train, tokenizer, batch_size=batch_size, shuffle=seed)
+    train = as_batches(train, tokenizer, batch_size=batch_size, shuffle=seed).restarted()
     model.check_labels(train, "training data")
     if validation is not None:
         validation = as_batches(validation, tokenizer, batch_size=2 * batch_size, by_length=True)
@@ -128,15 +144,50 @@ def svi(
     if device is not None:
         model.network.to(_device(device))
 
+    workers = Workers()
+    arguments = {
+        "epochs": epochs,
+        "steps": steps,
+        "batch_size": batch_size,
+        "rates": vars(rates),
+        "schedule": schedule,
+        "warmup": warmup,
+        "clip": clip,
+        "map_epochs": map_epochs,
+        "warm_start": warm_start,
+        "warm_start_rows": warm_start_rows,
+        "kl": kl,
+        "draws": draws,
+        "particles": particles,
+        "antithetic": antithetic,
+        "path_derivative": path_derivative,
+        "accumulate": accumulate,
+        "patience": patience,
+        "keep_best": keep_best,
+        "validation_draws": validation_draws,
+        "seed": seed,
+        "precision": precision,
+    }
     with torch.random.fork_rng():
+        folder, saved = checkpoint if resume_from is None else resume_from, None
+        if folder is not None or workers.size > 1:
+            identity = identity_of(model, guide, train, validation, init, arguments)
+            workers.check_alike(identity, model.device)
+        if folder is not None:
+            saved = Checkpoint(folder, identity, required=resume_from is not None)
+        resuming = saved is not None and saved.values is not None
         torch.manual_seed(seed)
-        model = in_subspace(model, init, train, tokenizer)
-        if map_epochs:
-            init = svi(
-                model, train, guide=Delta(), epochs=map_epochs, rates=rates, init=init, warm_start=False, seed=seed,
-                precision=precision, progress=progress,
-            )  # fmt: skip
+        if resuming:
+            model, init, warm_start = saved.model(model, train, tokenizer), None, False
+        else:
             model = in_subspace(model, init, train, tokenizer)
+            if map_epochs:
+                init = svi(
+                    model, train, guide=Delta(), epochs=map_epochs, rates=rates, init=init, warm_start=False, seed=seed,
+                    precision=precision, progress=progress,
+                )  # fmt: skip
+                model = in_subspace(model, init, train, tokenizer)
+            model = workers.model_of_first(model, tokenizer)
         fitted = base_guide(model, guide, init)
         closed = kl != "mc" and not path_derivative and has_closed_form(model, fitted)
         if kl == "closed" and not closed:
@@ -146,77 +197,49 @@ def svi(
         _check_estimator(fitted, antithetic, path_derivative, per_row, particles)
         # Only now the pass over the data: what does not fit together is refused at once.
         fitted = spread_guide(fitted, model, guide, train, init, warm_start, warm_start_rows)
-        program, proposal = (model.rowwise, fitted.rowwise) if per_row else (model, fitted)
-        elbo = PartedELBO(
-            closed, model.sites.shapes, fitted if path_derivative else None, antithetic, num_particles=particles
-        )
-        settings = {
-            "method": "svi",
-            "epochs": epochs,
-            "steps": steps,
-            "batch_size": batch_size,
-            "rates": vars(rates),
-            "schedule": schedule,
-            "warmup": warmup,
-            "clip": clip,
-            "map_epochs": map_epochs,
-            "warm_start": warm_start,
-            "kl": "closed" if closed else "mc",
-            "draws": "row" if per_row else "shared",
-            "particles": particles,
-            "antithetic": antithetic,
-            "path_derivative": path_derivative,
-            "accumulate": accumulate,
-            "patience": patience,
-            "seed": seed,
-            "precision": precision,
-        }
-        posterior = Posterior(model, fitted, guide, [], settings)
+        resolved = {"kl": "closed" if closed else "mc", "draws": "row" if per_row else "shared"}
+        posterior = Posterior(model, fitted, guide, [], {"method": "svi"} | arguments | resolved)
         total = steps or epochs * math.ceil(len(train) / accumulate)
-        optimiser, scaler = optimiser_of(posterior, rates), gradient_scaler(model, precision)
-        pace = multiplier(schedule, warmup, total)
-        scheduler = LambdaLR(optimiser, pace)
-        watch, best = ScaleWatch(), BestState(posterior)
-        watch.record(fitted, 0.0)
-
-        bar = tqdm(total=total, disable=not progress, desc=type(fitted).__name__.removesuffix("Guide"), unit="step")
-        done = epoch = 0
-        stop = False
-        while done < total and not stop:
-            epoch, bounds, begun, spent = epoch + 1, [], time.perf_counter(), 0.0
-            for position, batch in enumerate(train):
-                add_gradients(model, elbo, program, proposal, batch, (position, epoch), precision, accumulate, scaler)
-                bounds.append(elbo.bound)
-                if (position + 1) % accumulate and position + 1 < len(train):
-                    continue
-                step(optimiser, clip, scaler)
-                spent += pace(done) * accumulate / len(train)
-                scheduler.step()
-                done += 1
-                bar.update()
-                if done == total:
-                    break
-            mean = lambda part, of=bounds: sum(getattr(bound, part) for bound in of) / len(of)
-            row = {
-                "epoch": epoch, "step": done, "elbo": mean("elbo") / model.size, "kl": mean("kl"),
-                "log_likelihood": mean("log_likelihood") / model.size, "mean_log_sd": watch.record(fitted, spent),
-                "seconds": time.perf_counter() - begun,
-            }  # fmt: skip
-            if validation is not None:
-                row["validation_nll"] = _validation_nll(posterior, validation, validation_draws, precision)
-                stop = best.update(row["validation_nll"], patience)
-            posterior.history.append(row)
-            # A point has no bound: what is maximised is the log joint.
-            names = ("log joint/row", "-log prior") if posterior.is_point else ("ELBO/row", "KL")
-            bar.set_postfix({"epoch": epoch, names[0]: f"{row['elbo']:.3f}", names[1]: f"{row['kl']:.1f}"})
-            stop = any([stop, *(callback(row, posterior) for callback in callbacks)])
-        bar.close()
-    if patience is not None:
-        best.restore()
-    elif watch.drift > DRIFT:
+        loop = Loop(
+            posterior, optimiser_of(posterior, rates), train,
+            PartedELBO(
+                closed, model.sites.shapes, fitted if path_derivative else None, antithetic, num_particles=particles
+            ),
+            workers.programs(model, fitted, per_row, antithetic),
+            total=total, pace=multiplier(schedule, warmup, total), clip=clip, accumulate=accumulate,
+            precision=precision, patience=patience, workers=workers,
+            scaler=gradient_scaler(model, precision),
+        )  # fmt: skip
+        if resuming:
+            loop.load(saved)
+        else:
+            loop.begin()
+        with tqdm(
+            total=total, initial=loop.done, disable=not (progress and workers.first),
+            desc=type(fitted).__name__.removesuffix("Guide"), unit="step",
+        ) as bar:  # fmt: skip
+            stop = False
+            while not (loop.finished or stop):
+                row = loop.run_epoch(bar.update)
+                if validation is not None:
+                    row["validation_nll"] = _validation_nll(posterior, validation, validation_draws, precision, workers)
+                    if keep_best or patience is not None:
+                        loop.best.update(row["validation_nll"])
+                # A point has no bound: what is maximised is the log joint.
+                names = ("log joint/row", "-log prior") if posterior.is_point else ("ELBO/row", "KL")
+                bar.set_postfix({"epoch": row["epoch"], names[0]: f"{row['elbo']:.3f}", names[1]: f"{row['kl']:.1f}"})
+                if workers.first:
+                    _LOGGER.info(_line(row))
+                    if saved is not None:
+                        loop.save(saved)
+                    with torch.random.fork_rng():  # whoever draws there does not change the fit
+                        stop = any([*(callback(row, posterior) for callback in callbacks)])
+                stop = workers.agree(stop, model.device)
+    loop.best.restore()
+    if not loop.best.state and loop.watch.drift > DRIFT:
         warnings.warn(
-            f"the scales had not converged: their mean logarithm still moved by {watch.drift:.2f} per epoch at the "
-            f"full rate (converged is below {DRIFT}); train longer or raise rates.scale={rates.scale}",
+            f"the scales had not converged: their mean logarithm still moved by {loop.watch.drift:.2f} per epoch at "
+            f"the full rate (converged is below {DRIFT}); train longer or raise rates.scale={rates.scale}",
             ScalesNotConverged,
             stacklevel=3,
         )
@@ -257,9 +280,18 @@ def _per_row(draws: str, guide, entries: int) -> bool:
     return declared and (draws == "row" or (draws == "auto" and entries <= _ROWWISE_ENTRIES))
 
 
-def _validation_nll(posterior: Posterior, batches, draws: int, precision: str) -> float:
-    prediction = predict(posterior, batches, draws=1 if posterior.is_point else draws, precision=precision)
-    return prediction.nll
+def _validation_nll(posterior: Posterior, batches, draws: int, precision: str, workers: Workers) -> float:
+    mine, total, count = workers.share(batches), 0.0, 0
+    if mine:
+        prediction = predict(posterior, mine, draws=1 if posterior.is_point else draws, precision=precision)
+        count = prediction.observations
+        total = count * prediction.nll
+    total, count = workers.sums([total, count], posterior.model.device)
+    return total / count
+
+
+def _line(row: dict) -> str:
+    return ", ".join(f"{name} {value:.4g}" for name, value in row.items() if value is not None)
 
 
 def _device(name: str) -> str:
