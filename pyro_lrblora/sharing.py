@@ -262,32 +262,31 @@ def _cell(value) -> str:
 
 
 def _scores(comparison: pd.DataFrame) -> str:
-    table = pd.DataFrame(comparison).dropna(axis=1, how="all")
+    def shown(value) -> str:
+        if isinstance(value, str):
+            return value
+        return "" if pd.isna(value) else f"{value:.3f}".removesuffix(".000")
+
+    table = pd.DataFrame(comparison).dropna(axis=1, how="all").map(shown)
     table.index = [str(name).replace("|", "\\|") for name in table.index]
-    number = lambda value: "" if pd.isna(value) else f"{value:.3f}".removesuffix(".000")
     sides = ["left", *["right"] * table.shape[1]]
     notes = "\n".join(f"- {note}" for note in comparison.attrs.get("notes", []))
-    return f"{table.map(number).to_markdown(colalign=sides, disable_numparse=True)}\n\n{notes}".strip()
+    return f"{table.to_markdown(colalign=sides, disable_numparse=True)}\n\n{notes}".strip()
 
 
 @contextmanager
 def _hub_errors(expected: str, instead: str):
     """One error that says what to do, in the place of those of the hub's client and its HTTP library."""
     from huggingface_hub import constants
-    from huggingface_hub.errors import (
-        HfHubHTTPError,
-        HFValidationError,
-        HTTPError,
-        LocalEntryNotFoundError,
-        OfflineModeIsEnabled,
-    )
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, LocalEntryNotFoundError
 
     try:
         yield
     except HFValidationError as error:
         raise ValueError(f"{expected}, got a name that the hub cannot have: {error}") from None
-    except HfHubHTTPError as error:
-        raise OSError(f"{expected}; the hub answered: {' '.join(str(error).split())}") from None
-    except (OfflineModeIsEnabled, LocalEntryNotFoundError, HTTPError, ConnectionError, TimeoutError) as error:
+    except (HTTPError, LocalEntryNotFoundError, ConnectionError, TimeoutError) as error:
+        # "Not in the cache", which is what a download says that got no answer, counts as an answer in older clients.
+        if isinstance(error, HfHubHTTPError) and not isinstance(error, LocalEntryNotFoundError):
+            raise OSError(f"{expected}; the hub answered: {' '.join(str(error).split())}") from None
         why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else type(error).__name__
         raise ConnectionError(f"{expected}; the hub cannot be reached ({why}): {instead}") from None
