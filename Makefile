@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c const
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: test demo truth bench lint clean
+.PHONY: test demo truth faults bench lint clean
 
 test: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
@@ -21,6 +21,9 @@ bench: $(VENV)/.test
 
 truth: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/truth.py
+
+faults: $(VENV)/.test
+	OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/planted_faults.py
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

@@ -182,8 +182,10 @@ def _predictions(posterior: Posterior, data: Mapping, draws: int, bins: int, see
     elif data["validation"].labels is None:
         parts["temperature"] = "the validation rows have no labels: temperature scaling left out"
     else:
-        log_probs = predict(posterior, data["validation"], **how).log_probs
-        parts["temperature"] = metrics.fit_temperature(log_probs, data["validation"].labels)
+        log_probs, known = predict(posterior, data["validation"], **how).log_probs, data["validation"].labels
+        parts["temperature"] = metrics.fit_temperature(log_probs, known)
+        scaled = metrics.nll(metrics.apply_temperature(log_probs, parts["temperature"]), known)
+        parts["temperature_gain"] = len(known) * (metrics.nll(log_probs.exp(), known) - scaled)
     if "outside" not in data:
         parts["outside"] = "no rows of another kind were given: write outside="
     else:

@@ -45,6 +45,7 @@ class Findings:
         calibration, selective, sweep: of the test rows, with labels.
         uncertainty: of the test rows.
         temperature: fitted on validation rows.
+        temperature_gain: log likelihood of all validation rows that it gains over a temperature of 1, nats.
         outside: table of diagnostics.out_of_distribution.
         reference: see diagnostics.reference.
         missing: name of a part -> why it is None.
@@ -61,6 +62,7 @@ class Findings:
     sweep: DrawsSweep | None = None
     uncertainty: Uncertainty | None = None
     temperature: float | None = None
+    temperature_gain: float | None = None
     outside: pd.DataFrame | None = None
     reference: AgainstReference | None = None
     missing: Mapping[str, str] = field(default_factory=dict)

@@ -13,6 +13,8 @@ MANY_ROWS = 0.05  # share of rows with a high k-hat from which on LOO is doubtfu
 SHARP = 0.05  # contraction below which a module has learned nothing worth its latents
 NATS = 1.0  # between bounds, above which the ELBO is loose
 TEMPERATURE = (0.8, 1.25)  # outside of which scaling changes the probabilities visibly
+LIKELIHOOD_RATIO = 1.92  # nats that one free parameter gains by chance in 19 of 20 data sets
+WORTH = 0.005  # nats per row, below which a difference of NLLs is nothing to act on
 NARROW, WIDE = -0.22, 0.18  # log sd ratio: a fifth too narrow, a fifth too wide
 
 
@@ -103,7 +105,8 @@ def _loo(f: Findings):
     if prediction is None or prediction.labels is None:
         yield "LOO per row (nats)", mean, "", "good", "Expected log predictive density of a row left out.", ""
         return
-    test, error = -metrics.nll(prediction.probs, prediction.labels), _error_of_log_score(prediction)
+    scores = -_log_scores(prediction)
+    test, error = float(scores.mean()), _standard_error(scores)
     off = abs(mean - test)
     error = float(np.hypot(error, f.loo.total.standard_error / rows))
     verdict = "good" if off <= 2 * error + 0.01 or not np.isfinite(error) else "warning"
@@ -129,6 +132,7 @@ def _against_reference(f: Findings):
     )  # fmt: skip
     for name, limit in (
         ("mean error, absolute (reference sds)", 0.2),
+        ("correlation error (RMS)", 0.1),
         ("sliced Wasserstein-2 (reference sds)", 0.3),
         ("predictive total variation", 0.05),
     ):
@@ -163,10 +167,11 @@ def _temperature(f: Findings):
         yield _unknown("temperature", f.missing["temperature"])
         return
     low, high = TEMPERATURE
-    verdict = "good" if low <= f.temperature <= high else "warning"
+    verdict = "good" if low <= f.temperature <= high or f.temperature_gain <= LIKELIHOOD_RATIO else "warning"
     yield (
         "temperature", f.temperature, f"{low} to {high}", verdict,
-        "What the log probabilities should be divided by, from validation rows: above 1 the posterior is too sure.",
+        "What the log probabilities should be divided by, from validation rows: above 1 the posterior is too sure. It "
+        f"gains {f.temperature_gain:.1f} nats over all of them; up to {LIKELIHOOD_RATIO} is noise.",
         "" if verdict == "good" else "Apply it, or change the prior's scale: the posterior alone is off.",
     )  # fmt: skip
 
@@ -177,29 +182,31 @@ def _against_simple(f: Findings):
         reason = f.missing.get("prediction") or f.missing["calibration"]
         yield _unknown("NLL", reason)
         return
-    shares = np.bincount(np.asarray(p.labels), minlength=p.probs.shape[1]) / len(p.labels)
-    base = float(-(shares[shares > 0] * np.log(shares[shares > 0])).sum())
-    value = metrics.nll(p.probs, p.labels)
+    labels, losses = np.asarray(p.labels), _log_scores(p)
+    shares = np.bincount(labels, minlength=p.probs.shape[1]) / len(labels)
+    value, base = float(losses.mean()), float(-np.log(shares[labels]).mean())
     if base == 0:
         yield _unknown("NLL", "the test rows have one class only: there is nothing to tell apart")
     else:
-        verdict = "good" if value < base else "bad"
+        # What does not depend on the text at all is below its own label shares by chance every other time.
+        limit = base - 2 * _standard_error(losses + np.log(shares[labels]))
+        verdict = "good" if value < limit else "warning" if value < base else "bad"
         yield (
-            "NLL (nats per row)", value, f"< {base:.3f}", verdict,
-            f"The threshold is the label shares alone; accuracy is {metrics.accuracy(p.probs, p.labels):.3f}.",
-            "" if verdict == "good" else "The model predicts worse than no model: check labels, rates and data.",
+            "NLL (nats per row)", value, f"< {limit:.3f}", verdict,
+            f"The label shares alone have {base:.3f}, less two standard errors of the difference is the threshold; "
+            f"accuracy is {metrics.accuracy(p.probs, p.labels):.3f}.",
+            "" if verdict == "good" else "The model predicts no better than no model: check labels, rates and data.",
         )  # fmt: skip
     if f.at_mean is None:
         yield _unknown("NLL - NLL of the posterior mean", f.missing["at_mean"])
         return
-    losses = [_log_scores(each) for each in (f.at_mean, p)]
-    difference = losses[1] - losses[0]
-    error = float(difference.std(ddof=1) / len(difference) ** 0.5) if len(difference) > 1 else np.nan
-    gain = float(difference.mean())
-    verdict = "warning" if gain > 2 * error else "good"
+    difference = losses - _log_scores(f.at_mean)
+    gain, error = float(difference.mean()), _standard_error(difference)
+    limit = max(2 * error, WORTH)
+    verdict = "warning" if gain > limit else "good"
     word = "better" if gain < 0 else "worse"
     yield (
-        "NLL - NLL of the posterior mean", gain, f"≤ {2 * error:.3f}", verdict,
+        "NLL - NLL of the posterior mean", gain, f"≤ {limit:.3f}", verdict,
         f"Averaging over draws is {abs(gain):.3f} ± {error:.3f} nats per row {word} than one network at the mean.",
         "" if verdict == "good" else "The draws hurt: the posterior is too wide; tighten the prior or train longer.",
     )  # fmt: skip
@@ -215,7 +222,7 @@ def _draws(f: Findings):
         return
     verdict = "good" if enough is not None else "warning"
     yield (
-        "draws that are enough", draws if enough is None else float(enough), f"≤ {draws}", verdict,
+        "draws that are enough", draws if enough is None else enough, f"≤ {draws}", verdict,
         f"The least number of draws whose NLL is within {f.sweep.tolerance:.4f} nats per row of all {draws}.",
         "" if enough else f"Predict with more than {draws} draws.",
     )  # fmt: skip
@@ -295,6 +302,6 @@ def _log_scores(prediction) -> np.ndarray:
     return -np.log(np.maximum(probs[np.arange(len(probs)), np.asarray(prediction.labels)], 1e-30))
 
 
-def _error_of_log_score(prediction) -> float:
-    scores = _log_scores(prediction)
-    return float(scores.std(ddof=1) / len(scores) ** 0.5) if len(scores) > 1 else float("nan")
+def _standard_error(values: np.ndarray) -> float:
+    """Of the mean; 0 of one row, which has none."""
+    return float(values.std(ddof=1) / len(values) ** 0.5) if len(values) > 1 else 0.0

@@ -67,7 +67,7 @@ def start_at(model: BayesianLoRA, init: Posterior | None, train, tokenizer) -> P
 
 def prior_sites(model: BayesianLoRA) -> tuple[dict[str, object], list[str]]:
     """The distributions of the latent sites by name, and the names of all other sites (scales, a Bayesian head)."""
-    if model.prepared or model.adapter.statistics is None:
+    if model._adapted is not None or model.adapter.statistics is None:
         trace, latents = poutine.trace(model.sample_prior).get_trace(), list(model.sites.shapes)
     else:
         # The subspace is not known yet; what kind of prior it is shows on a stand-in.

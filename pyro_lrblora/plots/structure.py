@@ -29,6 +29,7 @@ def spectrum(result: Structure):
         if len(values) and values.max() > 0:
             axis.plot(np.arange(1, len(values) + 1), values, "o-", color=BLUE, markersize=3, linewidth=1)
             axis.set_yscale("log")
+            axis.tick_params(which="both", labelsize=8)
     left.axhline(1, color=GREY, linewidth=1, linestyle="--")
     if np.isfinite(result.effective_rank):
         left.axvline(result.effective_rank, color=ORANGE, linewidth=1)
@@ -87,5 +88,10 @@ def correlation(result: Structure):
 
 
 def _named(index) -> tuple[np.ndarray, list[str]]:
+    """Which modules are named, and their names without the parts that all of them begin with."""
     places = np.arange(0, len(index), -(-len(index) // _LABELS))
-    return places, [str(index[place]) for place in places]
+    names = [str(name).split(".") for name in index]
+    shared = 0
+    while len(names) > 1 and len({tuple(name[: shared + 1]) for name in names}) == 1:
+        shared += 1
+    return places, [".".join(names[place][shared:]) for place in places]

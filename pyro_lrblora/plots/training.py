@@ -48,10 +48,13 @@ def training_curves(result: Training):
             best = curve.loc[curve["epoch"] == result.best_epoch, "step"].iloc[0]
             axis.axvline(best, color=INK, linewidth=0.8, linestyle="--", label=f"best: epoch {result.best_epoch}")
             axis.legend(frameon=False, fontsize=8)
+    for axis in panels:
+        axis.ticklabel_format(axis="y", useOffset=False)
     used = 2 + len(wanted)
     for axis in panels[used:]:
         axis.remove()
     for axis in panels[max(0, used - 2) : used]:
         axis.set_xlabel("step", fontsize=9)
+        axis.xaxis.get_major_locator().set_params(integer=True)
         axis.tick_params(labelbottom=True)
     return figure

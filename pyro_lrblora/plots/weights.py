@@ -70,11 +70,11 @@ def loo_k_hat(loo: LOO):
     if not math.isnan(loo.threshold):
         axes.axhline(loo.threshold, color=INK, linewidth=1, linestyle="--")
     axes.set_xlabel("row")
-    axes.set_ylabel("k-hat")
+    axes.set_ylabel("k-hat of the leave-one-out weights")
     axes.set_title(
-        f"k-hat of leave-one-out weights: limit {loo.threshold:.2f} for {loo.draws} draws"
-        + (f"\nunknown for {(~known).sum()} of {len(rows)} rows" if not known.all() else ""),
-        fontsize=9,
-    )
-    axes.legend(frameon=False, fontsize=8)
+        f"limit {loo.threshold:.2f} for {loo.draws} draws"
+        + (f"; unknown for {(~known).sum()} of {len(rows)} rows" if not known.all() else ""),
+        fontsize=9, loc="left",
+    )  # fmt: skip
+    axes.legend(frameon=False, fontsize=8, ncols=2, loc="lower right", bbox_to_anchor=(1, 1))
     return figure

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import math
+import re
 from typing import Any
 
 from .document import VERDICTS, Document, Picture, inline, is_missing, is_number, paragraphs, shown
@@ -37,6 +38,7 @@ def to_html(document: Document) -> str:
     )
     environment.filters |= {"inline": _inline, "shown": shown, "sort_key": _sort_key, "fingerprint": _fingerprint}
     environment.filters |= {"paragraphs": paragraphs, "number": is_number, "missing": is_missing}
+    environment.filters["breakable"] = _breakable
     environment.tests["block"] = lambda block, kind: type(block).__name__ == kind
     template = environment.get_template("page.html.jinja")
     for svg_bytes, dpi in _SIZES:
@@ -74,6 +76,13 @@ def _inline(text: str):
 
     forms = {"plain": "{}", "code": "<code>{}</code>", "bold": "<strong>{}</strong>"}
     return Markup("").join(Markup(forms[kind]).format(piece) for kind, piece in inline(text))
+
+
+def _breakable(text: str):
+    """A dotted name that may be broken after a dot, and nowhere else."""
+    from markupsafe import Markup
+
+    return text if " " in text else Markup("<wbr>").join(re.split(r"(?<=[^\d.]\.)(?=\w)", text))
 
 
 def _sort_key(value: Any) -> str:

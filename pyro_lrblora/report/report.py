@@ -14,6 +14,7 @@ import torch
 
 from ..comparison import Comparison, compare
 from ..diagnostics.diagnose import Diagnosis, diagnose
+from ..diagnostics.diagnose import shown as _brief
 from ..diagnostics.findings import Findings
 from ..diagnostics.uncertainty import most_uncertain
 from ..plots.predictive import draws_needed, entropy_parts, risk_coverage
@@ -128,15 +129,16 @@ def _summary(name: str, diagnosis: Diagnosis) -> Iterator:
     faults = [check for check in diagnosis.checks if check.verdict == "bad"]
     doubts = [check for check in diagnosis.checks if check.verdict == "warning"]
     if faults:
-        words = f"**{name} should not be used as it is.** " + " ".join(check.meaning for check in faults[:2])
+        found = "; ".join(f"{c.check}: {_brief(c.value)} (expected {c.threshold})" for c in faults)
+        words = f"**{name} should not be used as it is.** {found[:1].upper()}{found[1:]}."
     elif doubts:
         words = f"**{name} can be used with care.** Look at: {', '.join(check.check for check in doubts)}."
     else:
         words = f"**Nothing speaks against {name}.**"
     yield Text(words)
     yield Text(
-        f"{tally['good']} checks are good, {tally['warning']} are warnings, {tally['bad']} are bad, and "
-        f"{tally['not checked']} could not be made; each says why."
+        f"Good: {tally['good']}. Warnings: {tally['warning']}. Bad: {tally['bad']}. Not checked: "
+        f"{tally['not checked']}, each with the reason."
     )
     for part in dict.fromkeys(check.part for check in diagnosis.checks):
         yield Text(f"**{part}**")
@@ -169,7 +171,8 @@ def _built(posterior: Posterior, test, train) -> Iterator:
 
 
 def _versions(model) -> dict[str, str]:
-    device = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else platform.processor()
+    cuda = model.device.type == "cuda"
+    device = torch.cuda.get_device_name(model.device) if cuda else platform.processor() or platform.machine()
     machine = {"Python": platform.python_version(), "device": f"{model.device} {device}".strip()}
     return machine | {"threads": str(torch.get_num_threads())} | {name: version(name) for name in _PACKAGES}
 
@@ -262,7 +265,7 @@ def _predictions(f: Findings, name: str) -> Iterator:
         yield Note(f"No scores: {f.missing['calibration']}.")
         return
     yield Picture(
-        reliability_diagram({name: f.prediction}),
+        reliability_diagram({name: f.prediction}, f.calibration.bins),
         "Accuracy against confidence in bins",
         "On the diagonal, confidence is accuracy. Bars: Wilson's 95% intervals; below, rows per bin.",
     )
