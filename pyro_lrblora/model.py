@@ -6,7 +6,6 @@ import copy
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from functools import partial
 
 import pyro
 import pyro.distributions as dist
@@ -16,13 +15,11 @@ from torch import Tensor, nn
 from . import likelihoods, priors
 from .adapters import LoRAXS
 from .adapters.attach import Attachment
-from .adapters.cache import bind_cached, check_cache
 from .adapters.rows import run_rows
-from .adapters.statistics import sum_statistics
 from .adapters.targets import check_rank, device_of, find_targets
-from .data import Batch, as_batches, batch_rows
+from .data import Batch, batch_rows
 from .data_plate import DataPlate
-from .head import FixedHead, PointHead, check_head, check_in_memory, head_parameters, output_layer, probe_head
+from .head import FixedHead, PointHead, check_head, check_in_memory, head_parameters, output_layer
 from .priors.learned import LearnedScale
 
 # What the network is autocast to, by name; guide and loss are float32 always.
@@ -302,41 +299,10 @@ class BayesianLoRA:
     def prepare(
         self, train, *, tokenizer=None, probe: bool = True, batch_size: int = 32, seed: int = 0, cache=None
     ) -> BayesianLoRA:
-        """A copy that knows N, the probed head and the subspace, so that several fits share them.
+        """A copy that knows N, the probed head and the subspace; see pyro_lrblora.preparation.prepare."""
+        from .preparation import prepare
 
-        Args:
-            train: the training data.
-            tokenizer: for a datasets.Dataset, where the model has none.
-            probe: fit the head's output layer as a linear probe on the pretrained network first.
-            batch_size: rows per batch of the passes over the data.
-            seed: of every random choice (randomised SVD, LoRA's start).
-            cache: a folder that keeps the subspace, and where it is found again by what it was computed from: the
-                weights, the adapter and the seed, and where the projection looks at data, the network and the batches.
-
-        Raises:
-            ValueError: labels out of range, empty data; with cache=, a projection or likelihood of your own without a
-                repr that tells it from others.
-        """
-        tokenizer = tokenizer or self.tokenizer
-        batches = as_batches(train, tokenizer, batch_size=batch_size, by_length=True)
-        self.check_labels(batches, "training data")
-        if cache is not None:
-            check_cache(self)
-        new = self._copy(size=batches.rows, tokenizer=tokenizer, _class_names=batches.class_names, prepared=True)
-        trained = self.head in ("point", "bayesian")
-        if probe and trained and self.head_start:
-            start, new.head_scale = probe_head(new, batches)
-            new._set_head(self.head, start)
-        if self._adapted is None:
-            bind = partial(new._bind, batches, seed)
-            new._adapted = bind() if cache is None else bind_cached(cache, new, batches, seed, bind)
-        return new
-
-    def _bind(self, batches, seed: int):
-        statistics = {}
-        if self.adapter.statistics is not None:
-            statistics = sum_statistics(self, batches)
-        return self.adapter.bind(self.modules, statistics, torch.Generator().manual_seed(seed))
+        return prepare(self, train, tokenizer=tokenizer, probe=probe, batch_size=batch_size, seed=seed, cache=cache)
 
     def check_labels(self, batches, role: str) -> None:
         """Raise a ValueError unless the batches have labels that the likelihood can take."""
