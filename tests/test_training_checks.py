@@ -101,8 +101,9 @@ def test_noise_in_the_validation_nll_is_not_overfitting():
     assert found.best_epoch == 1 + int(NOISE[100:120].argmin())
 
 
-def test_early_stopping_that_went_back_is_not_overfitting():
-    found = training(planted(rising, nll=overfitting, settings={**CONSTANT, "patience": 3}))
+@pytest.mark.parametrize("option", [{"patience": 3}, {"keep_best": True}], ids=["patience", "keep_best"])
+def test_a_fit_that_went_back_is_not_overfitting(option):
+    found = training(planted(rising, nll=overfitting, settings={**CONSTANT, **option}))
     assert found.verdict == CONVERGED
     assert "epoch 7" in found.reason
 

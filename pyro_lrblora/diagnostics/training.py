@@ -138,14 +138,14 @@ def _judge(result: Training, settings: Mapping, tolerance: float) -> Training:
     gain, error = _slope(spent, elbo)
     drift = _drift(spent, curve["mean_log_sd"].to_numpy())
     result = replace(result, gain=gain, gain_error=error, drift=drift, best_epoch=best)
-    if overfitted and settings.get("patience") is None:
+    if overfitted and settings.get("patience") is None and not settings.get("keep_best"):
         return replace(
             result, verdict=f"{OVERFITTED} since epoch {best}",
             reason=f"the validation NLL was best in epoch {best} and {overfitted:.3f} nats per row higher at the end",
-            advice=f"stop at epoch {best} (patience=), or take a tighter prior or a wider family",
+            advice=f"stop at epoch {best} (patience= or keep_best=), or take a tighter prior or a wider family",
         )  # fmt: skip
     if overfitted:
-        reason = f"stopped early: the parameters are those of epoch {best}, the best validation NLL"
+        reason = f"the parameters are those of epoch {best}, the best validation NLL"
         return replace(result, verdict=CONVERGED, reason=reason, advice="nothing")
     if drift > DRIFT:
         return replace(

@@ -30,7 +30,7 @@ class Workers:
         grouped = dist.is_available() and dist.is_initialized()
         self.rank, self.size = (dist.get_rank(), dist.get_world_size()) if grouped else (0, 1)
         self.rows, self.mine = 0, slice(0, 0)  # of the batch at hand: rows in all, and which are this process's
-        if not grouped and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        if not grouped and os.environ.get("WORLD_SIZE", "1") not in ("", "1"):  # set by torchrun and accelerate launch
             warnings.warn(
                 f"this is one of {os.environ['WORLD_SIZE']} processes, but they fit apart from each other; write "
                 "accelerate.PartialState() or torch.distributed.init_process_group() first to share the work",
