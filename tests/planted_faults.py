@@ -18,6 +18,7 @@ from truth import exact, posterior_at
 import pyro_lrblora as lb
 from pyro_lrblora.data import as_batches
 from pyro_lrblora.diagnostics import sbc, structure
+from pyro_lrblora.guides.draws import Draws, DrawsGuide
 from pyro_lrblora.predictive import predict_at
 
 CAUGHT, QUIET, CANNOT = "caught", "quiet", "n/a"
@@ -103,6 +104,13 @@ POSTERIOR_FAULTS = {
 }
 
 
+def _chain(target: LinearGaussian) -> lb.Posterior:
+    """Draws of the exact posterior, stored as those of a converged Markov chain are."""
+    torch.manual_seed(0)
+    draws = torch.distributions.MultivariateNormal(target.mean, precision_matrix=target.precision).sample((1, 1000))
+    return lb.Posterior(target.model, DrawsGuide(target.model.sites.split(draws.float())), Draws(1, 1000))
+
+
 def posterior_cells(name: str, target: LinearGaussian, simulations: int | None = None) -> dict[str, str]:
     """What every check says of the exact posterior with a fault: column -> caught, quiet or n/a.
 
@@ -113,7 +121,7 @@ def posterior_cells(name: str, target: LinearGaussian, simulations: int | None =
     """
     plant, covariance = POSTERIOR_FAULTS[name].plant, target.precision.inverse()
     faulty, truth = posterior_at(target, *plant(target.mean, covariance)), exact(target)
-    found = lb.diagnose(faulty, [target.batch], train=[target.batch], reference=truth, evidence_draws=200)
+    found = lb.diagnose(faulty, [target.batch], train=[target.batch], reference=_chain(target), evidence_draws=200)
     cells = _cells(found, APPROXIMATION | REFERENCE | {"contraction": "modules that learned"})
     ranks = [structure(each, draws=8).effective_rank for each in (faulty, truth)]
     cells["effective rank"] = CAUGHT if abs(math.log(ranks[0] / ranks[1])) > 0.1 else QUIET

@@ -6,9 +6,13 @@ import torch
 from conftest import LinearGaussian, tiny_bert, token_batches
 from test_evidence import exact
 from torch.distributions import MultivariateNormal, kl_divergence
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import pyro_lrblora as lb
+from pyro_lrblora.diagnostics.reference import against_reference
 from pyro_lrblora.diagnostics.structure import _effective_rank, _from_draws, structure
+from pyro_lrblora.evidence import importance
 from pyro_lrblora.guides.draws import Draws, DrawsGuide
 
 
@@ -96,13 +100,36 @@ def test_a_point_has_no_variance_and_two_sites_per_module_work():
         assert found.modules.loc[name, "mean W - W0 / W0"] == pytest.approx(relative, rel=1e-3, abs=1e-6)
 
 
-def test_fifteen_thousand_latents_without_a_square_of_them(monkeypatch):
+class LargestTensor(TorchDispatchMode):
+    """Keeps the number of entries of the largest tensor that any operation returned."""
+
+    entries = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        # A view that repeats one entry takes no memory.
+        owned = [tensor.untyped_storage().nbytes() for tensor in tree_leaves(out) if isinstance(tensor, torch.Tensor)]
+        self.entries = max([self.entries, *(size // 8 for size in owned)])
+        return out
+
+
+def test_fifteen_thousand_latents_without_a_square_of_them():
     network = torch.nn.Sequential(*(torch.nn.Linear(16, 16, bias=False) for _ in range(60)))
     model = lb.BayesianLoRA(network, lb.LoRAXS(16, lb.projections.Random(), targets="all-linear"), size=10)
     guide = lb.guides.LowRank(4)
     posterior = lb.Posterior(model, guide(model), guide)
-    monkeypatch.setattr(lb.distributions.CovarianceFactors, "dense", lambda self: pytest.fail("D x D"))
-    found = structure(posterior, draws=200)
-    assert model.sites.size == 15_360
+    rows = [{"input": torch.randn(10, 16), "labels": torch.randint(16, (10,))}]
+    size = model.sites.size
+    assert size == 15_360
+    with LargestTensor() as seen:
+        found = structure(posterior, draws=40)
+        pieces = importance(posterior, rows, draws=4)
+        beside = against_reference(posterior, posterior, draws=16, projections=10)
+    assert 40 * size <= seen.entries < 300 * size  # the draws are seen, and nothing like size ** 2
     assert "above 2,048" in found.note
     assert len(found.modules) == 60
+    assert pieces.log_likelihood.shape == (4, 10)
+    assert beside.log_sd_ratio.shape == (size,)
+    with LargestTensor() as seen:
+        torch.ones(1000, 1000).double()
+    assert seen.entries == 1000**2  # it can tell
