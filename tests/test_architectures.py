@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 import pyro_lrblora as lb
 from pyro_lrblora.adapters.rows import mixing_modules
+from pyro_lrblora.adapters.statistics import sum_statistics
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*run one at a time"),  # asserted where it matters
@@ -88,41 +89,29 @@ def test_modules_that_see_more_than_rows_are_found(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_gradient_statistics_equal_gradients_of_the_weights(name):
-    """The subspace's summed gradient, against autograd on the weights themselves, modules called twice among them."""
+    """The summed gradient, against autograd on the weights themselves, modules called twice among them."""
     network, batch = build(name), batch_of(name)
-    seen = {}
-
-    class Spy(lb.projections.Gradient):
-        def __call__(self, weight, rank, statistics, generator):
-            seen[len(seen)] = statistics["gradient"]
-            return super().__call__(weight, rank, statistics, generator)
-
-    model = lb.BayesianLoRA(network, lb.LoRAXS(2, Spy(), targets="all-linear")).prepare([batch], probe=False)
+    model = lb.BayesianLoRA(network, lb.LoRAXS(2, lb.projections.Gradient(), targets="all-linear"))
+    found = sum_statistics(model, [batch])
     inputs = {key: value for key, value in batch.items() if key != "labels"}
     network.requires_grad_(True)
     nll = nn.functional.cross_entropy(network(**inputs).logits, batch["labels"], reduction="sum")
     weights = [module.weight for module in model.modules.values()]
     expected = torch.autograd.grad(-nll, weights, allow_unused=True)
-    for position, (module, gradient) in enumerate(zip(model.modules.values(), expected, strict=True)):
+    for (path, module), gradient in zip(model.modules.items(), expected, strict=True):
         gradient = torch.zeros_like(module.weight) if gradient is None else gradient
         gradient = gradient.T if isinstance(module, Conv1D) else gradient
-        torch.testing.assert_close(seen[position], gradient, atol=1e-4 * float(gradient.norm()) + 1e-6, rtol=1e-3)
+        torch.testing.assert_close(
+            found[path]["gradient"], gradient, atol=1e-4 * float(gradient.norm()) + 1e-6, rtol=1e-3
+        )
 
 
 @pytest.mark.parametrize("name", ["bert", "albert", "deberta-v3", "xlnet", "vit"])
 def test_label_free_statistics_are_sums_over_rows(name):
     """sum over rows and classes of p(c) G G', G being one row's gradient of log p(c) by the weight."""
     network, batch = build(name), batch_of(name)
-    seen = {}
-
-    class Spy(lb.projections.Gradient):
-        def __call__(self, weight, rank, statistics, generator):
-            seen[len(seen)] = statistics["left"]
-            return super().__call__(weight, rank, statistics, generator)
-
-    model = lb.BayesianLoRA(network, lb.LoRAXS(2, Spy(label_free=True), targets="all-linear")).prepare(
-        [batch], probe=False
-    )
+    model = lb.BayesianLoRA(network, lb.LoRAXS(2, lb.projections.Gradient(label_free=True), targets="all-linear"))
+    found = sum_statistics(model, [batch])
     weights = [module.weight for module in model.modules.values()]
     network.requires_grad_(True)
     expected = [torch.zeros(len(weight), len(weight)) for weight in weights]
@@ -134,8 +123,23 @@ def test_label_free_statistics_are_sums_over_rows(name):
                 expected, torch.autograd.grad(log_prob, weights, retain_graph=True), strict=True
             ):
                 total += log_prob.detach().exp() * gradient @ gradient.T
-    for position, total in enumerate(expected):
-        torch.testing.assert_close(seen[position], total, atol=1e-4 * float(total.norm()) + 1e-6, rtol=1e-3)
+    for path, total in zip(model.modules, expected, strict=True):
+        torch.testing.assert_close(found[path]["left"], total, atol=1e-4 * float(total.norm()) + 1e-6, rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["bert", "albert", "deberta-v2", "deberta-v3", "xlnet"])
+@pytest.mark.parametrize("projection", [lb.projections.WhitenedSVD(), lb.projections.Gradient(label_free=True)])
+def test_statistics_do_not_depend_on_how_rows_are_batched(projection, name):
+    """DeBERTa's positions count once per row, whatever the batch."""
+    batch, found = batch_of(name), []
+    single = [{key: value[row : row + 1] for key, value in batch.items()} for row in range(ROWS)]
+    for data in ([batch], single):
+        model = lb.BayesianLoRA(build(name), lb.LoRAXS(2, projection, targets="all-linear"))
+        found.append(sum_statistics(model, data))
+    for module, expected in found[1].items():
+        for key, value in expected.items():
+            scale = float(value.norm())
+            torch.testing.assert_close(found[0][module][key], value, atol=1e-4 * scale + 1e-6, rtol=1e-3)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -45,6 +45,8 @@ def sum_statistics(model, batches: Iterable[Mapping[str, Tensor]]) -> dict[str, 
     handles = [module.register_forward_hook(keep(name)) for name, module in modules.items()]
     try:
         for batch in batches:
+            # Also of what rows_apart has run.
+            inputs.clear(), outputs.clear()
             with torch.set_grad_enabled(projection.statistics != "inputs"):
                 labels, observed = model.pretrained_labels(batch)
                 for gradients in _gradients(projection.statistics, labels, observed, outputs):
@@ -55,7 +57,6 @@ def sum_statistics(model, batches: Iterable[Mapping[str, Tensor]]) -> dict[str, 
                                     totals[name][key] += value
                                 else:
                                     totals[name][key] = value
-            inputs.clear(), outputs.clear()
     finally:
         for handle in handles:
             handle.remove()
