@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from functools import partial
-
-import torch
-
 from .adapters.cache import bind_cached, check_cache
-from .adapters.statistics import sum_statistics
+from .adapters.statistics import bind
 from .data import as_batches
 from .head import probe_head
 from .model import BayesianLoRA
@@ -49,11 +45,5 @@ def prepare(
         start, new.head_scale = probe_head(new, batches)
         new._set_head(model.head, start)
     if model._adapted is None:
-        bind = partial(_bind, new, batches, seed)
-        new._adapted = bind() if cache is None else bind_cached(cache, new, batches, seed, bind)
+        new._adapted = bind(new, batches, seed) if cache is None else bind_cached(cache, new, batches, seed)
     return new
-
-
-def _bind(model: BayesianLoRA, batches, seed: int):
-    statistics = {} if model.adapter.statistics is None else sum_statistics(model, batches)
-    return model.adapter.bind(model.modules, statistics, torch.Generator().manual_seed(seed))

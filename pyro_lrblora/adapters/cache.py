@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from .statistics import bind
 from .targets import base_weight, device_of, stored_parameters, weight_shape
 
 
@@ -23,15 +24,14 @@ def check_cache(model) -> None:
             raise ValueError(f"expected a repr that tells it from others with cache=, got {word}; write cache=None")
 
 
-def bind_cached(folder, model, batches: Iterable[Mapping[str, Tensor]], seed: int, bind: Callable):
-    """The adapter bound to the model's network, from a file where one was computed from the same before.
+def bind_cached(folder, model, batches: Iterable[Mapping[str, Tensor]], seed: int):
+    """What `bind` returns, from a file where one was computed from the same before.
 
     Args:
         folder: made if it is not there.
         model: a BayesianLoRA with its head at the start.
         batches: hashed only where the projection looks at data; then the whole network and the head are too.
         seed: of the random choices.
-        bind: computes the adapter, where it is not there.
 
     Warns:
         UserWarning: a file that cannot be read, or was changed; it is computed and written again.
@@ -42,7 +42,7 @@ def bind_cached(folder, model, batches: Iterable[Mapping[str, Tensor]], seed: in
             return model.adapter.restore(_read(file, model.modules), _shapes(model))
         except (SafetensorError, OSError, KeyError, ValueError) as error:
             warnings.warn(f"{file} cannot be used and is written again: {error!r}", stacklevel=3)
-    bound = bind()
+    bound = bind(model, batches, seed)
     tensors = {name: value.detach().cpu().contiguous() for name, value in bound.tensors().items()}
     file.parent.mkdir(parents=True, exist_ok=True)
     # Moved into place when it is whole; several processes may write the same.

@@ -14,6 +14,18 @@ from .rows import rows_apart
 from .targets import device_of, weight_shape
 
 
+def bind(model, batches: Iterable[Mapping[str, Tensor]], seed: int):
+    """The adapter of a model bound to its network, after the pass over the data where its projection asks for one.
+
+    Args:
+        model: a BayesianLoRA with its head at the start.
+        batches: the training data.
+        seed: of the projection's random choices.
+    """
+    statistics = {} if model.adapter.statistics is None else sum_statistics(model, batches)
+    return model.adapter.bind(model.modules, statistics, torch.Generator().manual_seed(seed))
+
+
 def sum_statistics(model, batches: Iterable[Mapping[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
     """projection.collect summed over all batches, by module name, at the pretrained network with its probed head.
 
