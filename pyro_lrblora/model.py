@@ -292,7 +292,9 @@ class BayesianLoRA:
 
     def in_subspace_of(self, other: BayesianLoRA, head_start: Mapping[str, Tensor]) -> BayesianLoRA:
         """The same prior and likelihood in the subspace of another model, with the head starting at given values."""
-        new = self._copy(_adapted=other.adapted, prepared=other.prepared, _class_names=other._class_names)
+        scale = self.head_scale or other.head_scale
+        shared = {"_adapted": other.adapted, "prepared": other.prepared, "_class_names": other._class_names}
+        new = self._copy(head_scale=scale, **shared)
         new._set_head(self.head, head_start)
         return new
 

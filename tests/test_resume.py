@@ -10,6 +10,7 @@ from pyro.infer.autoguide import AutoNormal
 from safetensors.torch import load_file, save_file
 
 import pyro_lrblora as lb
+from pyro_lrblora.adapters.rows import mixing_modules
 from pyro_lrblora.infer import checkpoint as checkpoint_file
 
 pytestmark = pytest.mark.filterwarnings("ignore::pyro_lrblora.ScalesNotConverged")
@@ -112,6 +113,7 @@ def test_resuming_repeats_no_pass_over_the_data(tmp_path):
     with pytest.raises(CutOff):
         fit(fresh_model(), checkpoint=tmp_path, callbacks=cut_after(3), map_epochs=1)
     model, runs = fresh_model(), []
+    mixing_modules(model, token_batches(4)[0])  # which runs the network too, once per model
     model.network.register_forward_pre_hook(lambda *_: runs.append(1))
     fit(model, resume_from=tmp_path, map_epochs=1)
     assert len(runs) == 3

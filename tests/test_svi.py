@@ -339,3 +339,11 @@ def test_a_loss_that_is_not_finite_names_its_batch():
         pytest.raises(FloatingPointError, match="batch 0 of epoch 1: expected a finite loss"),
     ):
         fit(problem.model, [problem.batch | {"x": problem.batch["x"] * float("inf")}], warm_start=False)
+
+
+def test_a_start_brings_the_prior_of_its_head_along():
+    """An unprepared model takes the scale that was cross-validated for `init`, or the head would have another prior."""
+    point = fit(lb.BayesianLoRA(tiny_bert(), lb.LoRAXS(2)), guide=lb.guides.Delta())
+    assert point.model.head_scale is not None
+    again = fit(lb.BayesianLoRA(tiny_bert(), lb.LoRAXS(2)), guide=lb.guides.Diagonal(), init=point)
+    assert again.model.head_scale == point.model.head_scale
