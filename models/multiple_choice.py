@@ -36,8 +36,16 @@ def load(base: str, form: str, mean_pool: bool, dtype: str, choices: int):
     if form == "answer":
         batches = lambda *args, **options: lb.data.Choices(*args, pair=False, **options)
         return AnswerScorer(network, per_token=True), tokenizer, likelihood, batches
-    letters = lb.likelihoods.letter_tokens(tokenizer, choices)
+    letters = letters_of(tokenizer, choices)
     return network, tokenizer, lb.likelihoods.MultipleChoice(letters), lb.data.Letters
+
+
+def letters_of(tokenizer, choices: int) -> tuple[int, ...]:
+    """The letters' tokens as they follow a space, or nothing where the vocabulary has no token for space and letter."""
+    try:
+        return lb.likelihoods.letter_tokens(tokenizer, choices)
+    except ValueError:
+        return lb.likelihoods.letter_tokens(tokenizer, choices, prefix="")
 
 
 def main() -> None:

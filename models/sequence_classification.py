@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import datasets
@@ -18,19 +19,30 @@ import pyro_lrblora as lb
 from pyro_lrblora.networks import MeanPoolClassifier, builtin_base
 
 
-def load_splits(source: str, rows: int, validation: int, test: int, seed: int):
-    """Train, validation and test rows of a folder of parquet files or a hub data set, no row in two of them."""
+def read_splits(source: str) -> dict[str, datasets.Dataset]:
+    """Every split of a folder of parquet files, or of a hub data set (name, or name:config), by name."""
     if Path(source).is_dir():
         files = {path.stem: str(path) for path in sorted(Path(source).glob("*.parquet"))}
-        splits = {
-            name: datasets.load_dataset("parquet", data_files=path, split="train") for name, path in files.items()
-        }
-    else:
-        path, _, name = source.partition(":")
-        splits = datasets.load_dataset(path, name or None)
+        return {name: datasets.load_dataset("parquet", data_files=path, split="train") for name, path in files.items()}
+    path, _, name = source.partition(":")
+    return dict(datasets.load_dataset(path, name or None))
+
+
+def load_splits(
+    source: str, rows: int, validation: int, test: int, seed: int, held_out: Sequence[str] = ("test", "validation")
+):
+    """Train, validation and test rows of what `read_splits` reads, no row in two of them.
+
+    Args:
+        source: as for `read_splits`.
+        rows, validation, test: at most so many of each.
+        seed: of the order in which train and validation rows are taken.
+        held_out: beginnings of the names of the split that is tested on, the preferred one first.
+    """
+    splits = read_splits(source)
     by_prefix = lambda *words: next((splits[n] for w in words for n in splits if n.startswith(w)), None)
     everything = (by_prefix("train") or next(iter(splits.values()))).shuffle(seed=seed)
-    held = by_prefix("test", "validation")
+    held = by_prefix(*held_out)
     unlabelled = held is not None and "label" in held.column_names and min(held["label"][:50]) < 0
     if held is None or unlabelled:
         held = by_prefix("validation") or everything.select(range(len(everything) - test, len(everything)))
