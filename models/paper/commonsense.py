@@ -58,7 +58,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--data", help="folder with a folder of parquet files per task; left out: the hub's data sets")
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=TASKS)
     parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
-    parser.add_argument("--projections", nargs="+", default=["SVD", "WhitenedSVD", "DCT", "Random"], choices=PROJECTIONS)
+    published = ["SVD", "WhitenedSVD", "DCT", "Random"]
+    parser.add_argument("--projections", nargs="+", default=published, choices=PROJECTIONS)
     parser.add_argument("--ranks", type=int, nargs="+", default=[32, 64])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--form", default="letter", choices=["letter", "answer"], help="what is scored of a choice")

@@ -9,9 +9,9 @@ K = 10 and a snapshot per epoch, S = 15 draws, RTE and MRPC from an MNLI-tuned a
 ECE with 20 bins.
 
 Deliberately otherwise: validation rows are carved from the training split and serve the temperature alone; the
-published validation split is only scored; no epoch is chosen on it, every fit ends at its last; scores are those of posterior
-draws, with the mean's beside them; the covariance is the paper's (1/2), not four times as wide; the head is counted.
-docs/paper.md says which settings are not the paper's.
+published validation split is only scored; no epoch is chosen on it, every fit ends at its last; scores are those of
+posterior draws, with the mean's beside them; the covariance is the paper's (1/2), not four times as wide; the head is
+counted. docs/paper.md says which settings are not the paper's.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ TARGETS = ("query", "value", "attention.output.dense", "output.dense")
 FLAT = 1e3  # scale of a prior that amounts to no weight decay
 SMALL = {
     "base": "builtin", "mean_pool": True, "nli": "snli", "layers": [5], "ranks": [2], "lora_rank": 2, "seeds": [0],
-    "rows": 32, "validation_rows": 16, "test_rows": 48, "nli_rows": 32, "nli_epochs": 1, "max_length": 64, "burn_in": 1,
-    "snapshots": 2, "columns": 2, "draws": 4,
+    "rows": 32, "validation_rows": 16, "test_rows": 48, "nli_rows": 32, "nli_epochs": 1, "max_length": 64,
+    "batch_size": 8, "burn_in": 1, "snapshots": 2, "columns": 2, "draws": 4,
 }  # fmt: skip
 
 
@@ -63,6 +63,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--nli-rows", type=int, default=10**9)
     parser.add_argument("--nli-epochs", type=int, default=3)
     parser.add_argument("--max-length", type=int, default=512, help="tokens per row, longer ones are cut")
+    parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--burn-in", type=int, default=10, help="epochs before the first snapshot; the paper: 10 or 25")
     parser.add_argument("--snapshots", type=int, default=20, help="one per epoch")
     parser.add_argument("--columns", type=int, default=10, help="K of every low-rank posterior")
@@ -125,7 +126,7 @@ def run(settings: Mapping, args: argparse.Namespace) -> dict[str, dict[str, floa
         init = lb.Posterior(model, guide, lb.guides.Delta())
     else:
         model = model.prepare(train, probe=not published, seed=seed)
-    how = {"init": init, "seed": seed, "progress": False}
+    how = {"init": init, "seed": seed, "batch_size": args.batch_size, "progress": False}
     epochs = args.burn_in + args.snapshots
     match settings["method"]:
         case "LoRA" | "LoRA-XS":
@@ -165,10 +166,8 @@ def published_optimiser(settings: Mapping, args: argparse.Namespace) -> dict:
     parameter's gradient, so a rate of 16 / r times the paper's is the same fit.
     """
     rate = args.rate if is_lora(settings["method"]) else args.rate * 16 / settings["rank"]
-    return {
-        "rates": lb.Rates(loc=rate, head=args.head_rate), "schedule": "constant", "warmup": 0.06, "clip": None,
-        "batch_size": 32,
-    }  # fmt: skip
+    rates = lb.Rates(loc=rate, head=args.head_rate)
+    return {"rates": rates, "schedule": "constant", "warmup": 0.06, "clip": None}
 
 
 def nli_point(settings: Mapping, args: argparse.Namespace) -> lb.Posterior:
@@ -176,7 +175,8 @@ def nli_point(settings: Mapping, args: argparse.Namespace) -> lb.Posterior:
     method, rank = settings["method"], settings["rank"]
     model = model_of(method, rank, 3, args)
     published = method != "LowRankPrecision"
-    names = ["base", "mean_pool", "data", "nli", "layers", "nli_rows", "nli_epochs", "max_length", "rate", "head_rate", "dtype"]
+    names = ["base", "mean_pool", "dtype", "data", "nli", "nli_rows", "nli_epochs"]
+    names += ["max_length", "batch_size", "rate", "head_rate"]
     about = [repr(getattr(args, name)) for name in names] + [repr(model.adapter), repr(model.prior)]
     name = f"{args.nli}-{hashlib.sha256(json.dumps(about).encode()).hexdigest()[:12]}"
 
@@ -186,7 +186,7 @@ def nli_point(settings: Mapping, args: argparse.Namespace) -> lb.Posterior:
         how = published_optimiser(settings, args) if published else {}
         return lb.fit(
             model.prepare(rows, probe=not published), rows, guide=lb.guides.Delta(), epochs=args.nli_epochs,
-            progress=False, **how,
+            batch_size=args.batch_size, progress=False, **how,
         )  # fmt: skip
 
     kept = {"folder": args.out / "starts", "n_jobs": 1, "progress": False}
