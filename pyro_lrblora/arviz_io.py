@@ -55,7 +55,7 @@ def to_arviz(posterior: Posterior, data=None, draws: int | None = None, seed: in
 
 
 def posterior_draws(posterior: Posterior, draws: int | None = None, seed: int = 0) -> tuple[dict, int]:
-    """Draws of every site, (S, *site shape) chain after chain, and how many chains they are of (1: independent).
+    """Draws of every site, (S, site shape) chain after chain, and how many chains they are of (1: independent).
 
     Args:
         posterior, draws, seed: as for to_arviz.
@@ -91,7 +91,7 @@ def convergence(draws: Mapping[str, torch.Tensor]) -> tuple[float, float]:
     """The largest rank-normalised split R-hat and the smallest bulk ESS over all entries of all sites.
 
     Args:
-        draws: by site, (chains, S, *site shape); the halves of a lone chain are compared. NaN where an entry never
+        draws: by site, (chains, S, site shape); the halves of a lone chain are compared. NaN where an entry never
             moves or a chain is too short.
 
     Returns:

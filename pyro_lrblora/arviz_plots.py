@@ -277,7 +277,7 @@ def weight_norms(model, samples: Mapping[str, torch.Tensor]) -> dict[str, torch.
 
     Args:
         model: a BayesianLoRA.
-        samples: by site, (S, *site shape).
+        samples: by site, (S, site shape).
     """
     latents = {name: samples[name].float() for name in model.sites.shapes}
     pieces: dict[str, list] = {name: [] for name in model.modules}

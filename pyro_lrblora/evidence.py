@@ -152,7 +152,7 @@ class Importance:
 
     @property
     def iwae(self) -> Estimate:
-        """The log of the mean weight: the bound of S draws, between ELBO and evidence (Burda et al., arXiv 1509.00519).
+        """The log of the mean weight, the bound of S draws, between ELBO and evidence (Burda et al., arXiv 1509.00519).
 
         Its standard error is that of the delta method, which is too small where k_hat is large.
         """
@@ -162,7 +162,7 @@ class Importance:
 
     @property
     def log_evidence(self) -> Estimate:
-        """The log of the mean Pareto-smoothed weight, in nats: steadier than iwae where k_hat is below `threshold`.
+        """The log of the mean Pareto-smoothed weight, in nats, steadier than iwae where k_hat is below `threshold`.
 
         Above it, expect both it and its standard error to be too small (Vehtari et al. 2024, arXiv 1507.02646). Without
         a tail to fit it is iwae.
@@ -184,12 +184,12 @@ class Importance:
 
     @property
     def effective_draws(self) -> float:
-        """1 / sum of squared normalised weights: how many draws of the posterior these S are worth (Kong 1992)."""
+        """1 / sum of squared normalised weights, or how many draws of the posterior these S are worth (Kong 1992)."""
         return float((-(2 * self.log_weights.log_softmax(0)).logsumexp(0)).exp())
 
     @property
     def largest_share(self) -> float:
-        """The largest weight's share of their sum: 1 / S where they are equal, 1 where one draw is all that counts."""
+        """The largest weight's share of their sum, 1 / S where they are equal, 1 where one draw is all that counts."""
         return float(self.log_weights.softmax(0).max())
 
     @property

@@ -127,7 +127,7 @@ class Generation:
 
     @property
     def sequence_entropy(self) -> Tensor:
-        """Entropy of each continuation per token, nats, (B,): its steps' mean (Malinin & Gales 2021, arXiv 2002.07650).
+        """Entropy of each continuation per token, nats, (B,), its steps' mean (Malinin & Gales 2021, arXiv 2002.07650).
 
         By the chain rule the sum over steps estimates the entropy of the whole text, from one path.
         """

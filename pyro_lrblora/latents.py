@@ -35,7 +35,7 @@ class LatentSites:
                 start += step
 
     def split(self, flat: Tensor) -> dict[str, Tensor]:
-        """Views of flat (..., D), one per site, each (..., *shape)."""
+        """Views of flat (..., D), one per site, each (..., site shape)."""
         parts = flat.split([math.prod(shape) for shape in self.shapes.values()], dim=-1)
         return {
             name: part.reshape(*flat.shape[:-1], *shape)

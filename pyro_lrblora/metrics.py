@@ -31,7 +31,7 @@ def brier(probs: Array, labels: Array) -> float:
 
 
 def ece(probs: Array, labels: Array, bins: int = 15, kind: str = "width") -> float:
-    """Expected calibration error: mean |confidence - accuracy| over bins, weighted by their rows.
+    """Expected calibration error: mean absolute confidence - accuracy over bins, weighted by their rows.
 
     Args:
         probs: (N, C).

@@ -92,7 +92,7 @@ class BayesianLoRA:
 
     @property
     def device(self) -> torch.device:
-        """Where the latents live and batches are sent: the device of the first adapted module."""
+        """Where the latents live and batches are sent, the device of the first adapted module."""
         return device_of(next(iter(self.modules.values())))
 
     @property
@@ -108,7 +108,7 @@ class BayesianLoRA:
 
     @property
     def sites(self):
-        """The latent sites, a LatentSites: names, shapes and D."""
+        """The latent sites, a LatentSites with names, shapes and D."""
         return self.adapted.sites
 
     @property

@@ -61,7 +61,7 @@ class AnswerScorer(nn.Module):
 
     @property
     def base_model(self) -> nn.Module:
-        """All of it: there is no head to train."""
+        """All of it, since there is no head to train."""
         return self.language_model
 
     @property

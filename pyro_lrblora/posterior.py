@@ -65,7 +65,7 @@ class Posterior:
 
     @property
     def is_point(self) -> bool:
-        """Whether all mass is on one point (a Delta guide): nothing to average over, and no evidence bound."""
+        """Whether all mass is on one point (a Delta guide), with nothing to average over, and no evidence bound."""
         return isinstance(self.guide, DeltaGuide | AutoDelta)
 
     @local_parameters
@@ -80,7 +80,7 @@ class Posterior:
             seed: makes the draws reproducible; None uses torch's own generator.
 
         Returns:
-            By site, (S, *site shape).
+            By site, (S, site shape).
         """
         if draws < 1:
             raise ValueError(f"expected draws >= 1, got draws={draws}")

@@ -38,7 +38,7 @@ class Prediction:
 
     @property
     def probs(self) -> Tensor:
-        """Posterior predictive probabilities, (N, C): the mean over draws."""
+        """Posterior predictive probabilities, (N, C), the mean over draws."""
         return self.log_probs.exp()
 
     @property
@@ -54,7 +54,7 @@ class Prediction:
 
     @property
     def observations(self) -> int:
-        """How many the NLL is the mean of: N."""
+        """How many the NLL is the mean of, N."""
         return self.logits.shape[1]
 
     @property
@@ -115,7 +115,7 @@ class NumberPrediction:
 
     @property
     def model_sd(self) -> Tensor:
-        """The part that is the model's: the spread of the draws' means, (N,)."""
+        """The part that is the model's, the spread of the draws' means, (N,)."""
         return self.loc.std(0, correction=0)
 
     @property
@@ -130,7 +130,7 @@ class NumberPrediction:
 
     @property
     def observations(self) -> int:
-        """How many the NLL is the mean of: N."""
+        """How many the NLL is the mean of, N."""
         return self.loc.shape[1]
 
     @property
@@ -188,13 +188,13 @@ class TokenPrediction:
 
     @property
     def log_probs(self) -> Tensor:
-        """Log of each token's probability averaged over draws, (N, T): what is generated from."""
+        """Log of each token's probability averaged over draws, (N, T), what is generated from."""
         mixture = self.token_log_probs.logsumexp(0) - math.log(len(self.token_log_probs))
         return mixture * self.scored
 
     @property
     def observations(self) -> int:
-        """How many the NLL is the mean of: the tokens that are scored."""
+        """How many the NLL is the mean of, the tokens that are scored."""
         return int(self.scored.sum())
 
     @property

@@ -86,7 +86,7 @@ def predict_at(
     Args:
         model: a BayesianLoRA.
         batches: what as_batches returned; labels are optional.
-        values: by site, (S, *site shape), the parameters of a Bayesian head among them.
+        values: by site, (S, site shape), the parameters of a Bayesian head among them.
         head: what model.head_values returned.
         precision: "fp32", "bf16" or "fp16".
         fold: draws per forward, see `predict`.

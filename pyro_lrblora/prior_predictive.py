@@ -44,7 +44,7 @@ def prior_predictive(
 @local_parameters
 @torch.no_grad()
 def prior_draws(model, draws: int, seed: int) -> dict[str, Tensor]:
-    """Draws of the latents, and of a Bayesian head, from the prior: by site, (S, *site shape).
+    """Draws of the latents, and of a Bayesian head, from the prior: by site, (S, site shape).
 
     Args:
         model: a BayesianLoRA.

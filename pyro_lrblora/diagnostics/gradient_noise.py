@@ -24,7 +24,7 @@ def gradient_noise(
 ) -> GradientNoise:
     """Signal and noise of the gradient of -ELBO / N where the fit ended, with the fit's own estimator.
 
-    The noise is over batches and draws. With n gradients g of mean m the squared signal is |m|^2 - tr(S) / n, free of
+    The noise is over batches and draws. With n gradients g of mean m the squared signal is m'm - tr(S) / n, free of
     the noise's own share, S the covariance of one g; tr(S) / signal^2 is McCandlish et al.'s simple noise scale (2018,
     arXiv 1812.06162, eq. 2.9, appendix A.1), here in batches. Near an optimum the signal is zero, so a low ratio after
     a long fit is what convergence looks like; a low one while the ELBO still rises asks for larger batches or more

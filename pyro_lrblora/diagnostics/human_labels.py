@@ -67,7 +67,7 @@ class HumanAgreement:
 
     @property
     def table(self) -> pd.DataFrame:
-        """A row per measure: its mean over rows, the standard error of that, and the value of a perfect model."""
+        """A row per measure, with its mean over rows, the standard error of that, and the value of a perfect model."""
         names = ["kl", "js", "total_variation", "majority", "vote_share"]
         values = {name: np.asarray(getattr(self, name), dtype=float) for name in names}
         rows = len(self.kl)

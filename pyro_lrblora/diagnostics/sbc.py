@@ -67,7 +67,7 @@ def sbc(
         fit: (model, batches, seed) -> Posterior, with a simulation's own labels in the batches.
         simulations: refits, n.
         draws: S of each posterior; ranks are 0..S. Of a Markov chain's stored draws, S evenly spaced ones.
-        quantities: name -> function(values by site (S, *site shape), batches) -> (S,), ranked beside those above.
+        quantities: name -> function(values by site (S, site shape), batches) -> (S,), ranked beside those above.
         seed: simulation i is the same for every `simulations` and `n_jobs`, up to rounding.
         n_jobs: processes, each with one thread of torch, as for infer.parallel_fits; above 1 it needs `fit` and
             `quantities` that can be sent to another process.
@@ -126,7 +126,7 @@ class SBC:
 
     @cached_property
     def table(self) -> pd.DataFrame:
-        """A row per quantity: bias and width (standard errors), p-values (probability), and what they mean in words.
+        """A row per quantity, with bias and width (standard errors), p-values (probability), and what they mean.
 
         Bias is positive where the truth is above most draws, width where it is too often outside them. The adjusted p
         is Holm's over quantities, of twice the smaller of the two p-values.

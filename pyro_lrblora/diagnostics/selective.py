@@ -58,7 +58,7 @@ class RiskCoverage:
 
     @property
     def excess(self) -> float:
-        """E-AURC: what a wrong order of the rows loses, at any accuracy (Geifman et al. 2019, arXiv 1805.08206).
+        """E-AURC, what a wrong order of the rows loses, at any accuracy (Geifman et al. 2019, arXiv 1805.08206).
 
         The oracle's area is exact, not its approximation for many rows.
         """

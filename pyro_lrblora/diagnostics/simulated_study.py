@@ -70,7 +70,7 @@ class SimulatedStudy:
     @local_parameters
     @torch.no_grad()
     def simulate(self, latent_seed: int, label_seed: int) -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:
-        """A prior draw of every site, (1, *site shape), and the batches with labels drawn from the likelihood at it."""
+        """A prior draw of every site, (1, site shape), and the batches with labels drawn from the likelihood at it."""
         model, batches = self.model, []
         with torch.random.fork_rng(), poutine.block(), model.attached(dropout=False):
             torch.manual_seed(latent_seed)

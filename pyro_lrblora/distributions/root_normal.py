@@ -18,7 +18,7 @@ class RootNormal(TorchDistribution):
     """Normal(loc, root root'); a subclass says what the root does, its inverse and its log determinant.
 
     Args:
-        loc: (..., *event shape).
+        loc: (..., event shape).
         event_dim: axes of one draw.
     """
 
@@ -50,7 +50,7 @@ class RootNormal(TorchDistribution):
         return self.loc + self._root(torch.randn(shape, dtype=self.loc.dtype, device=self.loc.device))
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """Log density in nats of value (..., *event shape)."""
+        """Log density in nats of value (..., event shape)."""
         if self._validate_args:
             self._validate_sample(value)
         noise = self._inverse_root(value - self.loc).flatten(-len(self.event_shape))

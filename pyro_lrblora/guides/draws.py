@@ -42,7 +42,7 @@ class DrawsGuide(PyroModule):
     """A guide that picks one of its stored draws, the same one for every site.
 
     Args:
-        draws: by site, (chains, S, *site shape).
+        draws: by site, (chains, S, site shape).
     """
 
     def __init__(self, draws: Mapping[str, Tensor]):
@@ -53,7 +53,7 @@ class DrawsGuide(PyroModule):
             self.register_buffer(leaf, draws[name].detach().clone())
 
     def by_chain(self) -> dict[str, Tensor]:
-        """All draws by site, (chains, S, *site shape)."""
+        """All draws by site, (chains, S, site shape)."""
         return {name: getattr(self, leaf) for name, leaf in self._leaves.items()}
 
     @property

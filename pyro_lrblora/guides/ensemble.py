@@ -63,7 +63,7 @@ class EnsembleGuide(PyroModule):
         return values
 
     def spread(self, draws: int) -> dict[str, Tensor]:
-        """Draws by site, (draws, *site shape), the members taking turns."""
+        """Draws by site, (draws, site shape), the members taking turns."""
         traces = [poutine.trace(self.draw).get_trace(number % len(self.members)) for number in range(draws)]
         names = [n for n in traces[0].stochastic_nodes if not traces[0].nodes[n]["infer"].get("is_auxiliary")]
         return {name: torch.stack([trace.nodes[name]["value"] for trace in traces]) for name in names}

@@ -62,7 +62,7 @@ def stock_log_prob(guide: AutoGuide, samples: Mapping[str, Tensor]) -> Tensor:
 
     Args:
         guide: after its first call.
-        samples: by site, (S, *site shape).
+        samples: by site, (S, site shape).
 
     Raises:
         TypeError: another kind of guide, which has no density to evaluate.

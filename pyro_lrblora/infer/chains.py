@@ -30,7 +30,7 @@ def posterior_of_chains(
 
     Args:
         model: a copy that is the posterior's own.
-        draws: by site, (chains, S, *site shape).
+        draws: by site, (chains, S, site shape).
         history: one dict per chain.
         settings: the arguments of the run.
 

@@ -19,8 +19,8 @@ class SingularValues:
     """Independent Normals on R whose sd follows the pretrained weight W0 in the subspace; made by `of`.
 
     The sd of R_ij is scale * sqrt(row_i column_j) over its root mean square in the module, so that `scale` means what
-    it does in Normal. row_i = |b_i' W0| and column_j = |W0 a_j|, where b_i and a_j are B's columns and A's rows at unit
-    length; for the SVD projection both are W0's singular values.
+    it does in Normal. row_i is the norm of b_i' W0 and column_j that of W0 a_j, where b_i and a_j are B's columns and
+    A's rows at unit length; for the SVD projection both are W0's singular values.
 
     Args:
         scale: root mean square of the standard deviations of each module, positive.

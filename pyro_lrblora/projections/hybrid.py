@@ -52,7 +52,7 @@ class Hybrid:
 
     @property
     def statistics(self) -> str | None:
-        """The one pass that serves all parts: a pass for gradients sees the inputs too."""
+        """The one pass that serves all parts, as a pass for gradients sees the inputs too."""
         return next((name for name in ("labels", "model", "inputs") if name in self._passes), None)
 
     @property

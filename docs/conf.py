@@ -1,0 +1,30 @@
+"""How Sphinx makes a site of this folder; `make docs` builds it and stops at the first broken reference."""
+
+from importlib import metadata
+
+project = "pyro_lrblora"
+author = "the pyro_lrblora authors"
+version = release = metadata.version(project)
+exclude_patterns = ["conf.py"]
+
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+myst_heading_anchors = 3
+autodoc_default_options = {"members": True}
+autodoc_member_order = "bysource"
+autodoc_inherit_docstrings = False
+autodoc_preserve_defaults = True
+autodoc_typehints_format = "short"
+python_use_unqualified_type_names = True
+maximum_signature_line_length = 90
+napoleon_numpy_docstring = False
+
+nitpicky = True
+nitpick_ignore_regex = [
+    # Other projects, whose sites a build without a network cannot ask.
+    ("py:.*", r"(torch|pyro|numpy|np|pandas|pd|transformers|datasets|collections|pathlib)\..*"),
+    ("py:.*", r"Tensor|TorchDistribution|PyroModule"),
+]
+
+html_theme = "furo"
+html_title = project
+html_show_copyright = False
