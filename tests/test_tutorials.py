@@ -1,11 +1,8 @@
 """The pages that a reader can run: every python block in order, what they print, and what they say of it."""
 
-import re
 from pathlib import Path
 
 import pytest
-
-import pyro_lrblora as lb
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 pytestmark = pytest.mark.filterwarnings("ignore::pyro_lrblora.ScalesNotConverged")
