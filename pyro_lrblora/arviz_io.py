@@ -154,9 +154,11 @@ def elpd_data(elpd: np.ndarray, k_hat: np.ndarray):
     total, error, bad = float(np.sum(elpd)), float(np.std(elpd) * len(elpd) ** 0.5), bool((k_hat > 0.7).any())
     shared = {"scale": "log", "se": error, "n_samples": 0, "n_data_points": len(elpd), "good_k": 0.7, "warning": bad}
     if arviz_1():
-        from arviz_stats.utils import ELPDDataLOO
+        from arviz_stats import utils
 
-        return ELPDDataLOO(elpd=total, p=np.nan, elpd_i=rows(elpd), pareto_k=rows(k_hat), **shared)
+        # The later releases of the line have a class per estimator.
+        kind = getattr(utils, "ELPDDataLOO", None) or utils.ELPDData
+        return kind(kind="loo", elpd=total, p=np.nan, elpd_i=rows(elpd), pareto_k=rows(k_hat), **shared)
     from arviz.stats.stats_utils import ELPDData
 
     # Its text form reads the first three entries by place.

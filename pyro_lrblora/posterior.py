@@ -89,9 +89,14 @@ class Posterior:
                 torch.manual_seed(seed)
             if isinstance(self.guide, DrawsGuide | EnsembleGuide):
                 return self.guide.spread(draws)
-            traces = [poutine.trace(self.guide).get_trace() for _ in range(draws)]
-        names = [name for name in traces[0].stochastic_nodes if not traces[0].nodes[name]["infer"].get("is_auxiliary")]
-        return {name: torch.stack([trace.nodes[name]["value"] for trace in traces]) for name in names}
+            drawn = [self._draw() for _ in range(draws)]
+        return {name: torch.stack([values[name] for values in drawn]) for name in drawn[0]}
+
+    def _draw(self) -> dict[str, Tensor]:
+        """One draw of every site: the values alone, for a trace holds the guide's distributions too."""
+        trace = poutine.trace(self.guide).get_trace()
+        names = [name for name in trace.stochastic_nodes if not trace.nodes[name]["infer"].get("is_auxiliary")]
+        return {name: trace.nodes[name]["value"] for name in names}
 
     @local_parameters
     @torch.no_grad()

@@ -61,6 +61,9 @@ def test_a_posterior_of_the_wrong_width_is_caught_by_the_reference_and_by_the_we
     weights = [row(found, check).verdict for check in ("joint k-hat", "IWAE - ELBO")]
     assert (weights == ["good", "good"]) == (factor == 1.0)
     assert row(found, "calibration").verdict == "not checked"  # its labels are not classes
+    rank = structure(exact(problem), draws=8).effective_rank
+    table = found.findings.low_rank.table  # of the reference, whatever the posterior
+    assert table.loc[("covariance", "reference"), "effective rank"] == pytest.approx(rank, rel=1e-4)
 
 
 def test_what_is_missing_is_said_and_nothing_crashes(fitted):

@@ -6,6 +6,7 @@ from .draws_sweep import DrawsSweep, draws_sweep
 from .findings import Check, Findings
 from .gradient_noise import GradientNoise, gradient_noise
 from .human_labels import HumanAgreement, against_votes
+from .low_rank import LowRankness, low_rank
 from .out_of_distribution import out_of_distribution
 from .reference import AgainstReference, against_reference
 from .sbc import SBC, full_rank_fit, sbc
@@ -25,6 +26,7 @@ __all__ = [
     "Findings",
     "GradientNoise",
     "HumanAgreement",
+    "LowRankness",
     "RiskCoverage",
     "Structure",
     "Training",
@@ -37,6 +39,7 @@ __all__ = [
     "draws_sweep",
     "full_rank_fit",
     "gradient_noise",
+    "low_rank",
     "most_uncertain",
     "out_of_distribution",
     "risk_coverage",

@@ -21,6 +21,7 @@ from ..predictive import predict
 from .calibration import calibration
 from .draws_sweep import draws_sweep
 from .findings import Check, Findings
+from .low_rank import low_rank
 from .out_of_distribution import out_of_distribution
 from .reference import against_reference
 from .selective import risk_coverage
@@ -195,5 +196,11 @@ def _predictions(posterior: Posterior, data: Mapping, draws: int, bins: int, see
 
 def _reference(posterior: Posterior, reference: Posterior | None, test, seed: int) -> dict:
     if reference is None:
-        return {"reference": "no reference posterior was given: write reference=lb.infer.nuts(...) where D allows"}
-    return {"reference": against_reference(posterior, reference, test, seed=seed)}
+        reason = "no reference posterior was given: write reference=lb.infer.nuts(...) where D allows"
+        return dict.fromkeys(("reference", "low_rank"), reason)
+    parts = {"reference": against_reference(posterior, reference, test, seed=seed)}
+    try:
+        parts["low_rank"] = low_rank(reference, seed=seed)
+    except (TypeError, ValueError) as error:  # a reference whose form decides, or too many latents
+        parts["low_rank"] = str(error)
+    return parts

@@ -12,6 +12,7 @@ from ..evidence import LOO, Importance
 from ..predictive import Prediction
 from .calibration import Calibration
 from .draws_sweep import DrawsSweep
+from .low_rank import LowRankness
 from .reference import AgainstReference
 from .selective import RiskCoverage
 from .structure import Structure
@@ -48,6 +49,7 @@ class Findings:
         temperature_gain: log likelihood of all validation rows that it gains over a temperature of 1, nats.
         outside: table of diagnostics.out_of_distribution.
         reference: see diagnostics.reference.
+        low_rank: of the reference, see diagnostics.low_rank.
         missing: name of a part -> why it is None.
     """
 
@@ -65,4 +67,5 @@ class Findings:
     temperature_gain: float | None = None
     outside: pd.DataFrame | None = None
     reference: AgainstReference | None = None
+    low_rank: LowRankness | None = None
     missing: Mapping[str, str] = field(default_factory=dict)

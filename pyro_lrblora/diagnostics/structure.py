@@ -194,21 +194,26 @@ def _places(model) -> dict[str, Tensor]:
 
 def _blocks(model, covariance, centred: Tensor) -> dict[str, tuple[Tensor, Tensor | None, Tensor]]:
     """By module: where, the covariance block (None where too large), the variances."""
-    blocks = {}
-    for name, where in _places(model).items():
-        block = None
+    places = _places(model)
+    if covariance is None:
+        variance = centred.square().sum(0) / (len(centred) - 1)
+    else:
+        variance = covariance.variance.double().cpu()
+    # All that is kept comes first: between the large temporaries below it would leave holes that add up to gigabytes.
+    blocks = {
+        name: (where, centred.new_empty(len(where), len(where)) if len(where) <= _BLOCK else None, variance[where])
+        for name, where in places.items()
+    }
+    for where, block, _ in blocks.values():
+        if block is None:
+            continue
         if covariance is None:
             own = centred[:, where]
-            variance = own.square().sum(0) / (len(own) - 1)
-            if len(where) <= _BLOCK:
-                block = own.T @ own / (len(own) - 1)
+            block.copy_(own.T @ own / (len(own) - 1))
         else:
-            variance = covariance.variance.double().cpu()[where]
-            if len(where) <= _BLOCK:
-                units = torch.zeros(len(where), centred.shape[1]).to(covariance.variance)
-                units[torch.arange(len(where)), where] = 1
-                block = covariance.times(units).cpu()[:, where].double()
-        blocks[name] = where, block, variance
+            units = torch.zeros(len(where), centred.shape[1]).to(covariance.variance)
+            units[torch.arange(len(where)), where] = 1
+            block.copy_(covariance.times(units).cpu()[:, where])
     return blocks
 
 

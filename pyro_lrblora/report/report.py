@@ -201,6 +201,9 @@ def _structure(f: Findings) -> Iterator:
         f"{words}; its first direction has {s.share(1):.1%} of the variance, its first eight {s.share(8):.1%}. "
         "These are properties of the guide: whether the posterior itself is low-rank is asked of a reference."
     )
+    if f.low_rank is not None:
+        caption = "Is the reference low-rank? Not where its effective rank is that without correlation"
+        yield Table(f.low_rank.table, caption, {"effective rank": 1, "latents": 0}, note=f.low_rank.note)
     if np.isfinite(s.kl):
         yield Text(
             f"All latents together are {s.kl:.1f} nats from the prior, {s.dependence:.2f} of them in dependence "
@@ -223,8 +226,8 @@ def _structure(f: Findings) -> Iterator:
             "RV coefficients between modules",
             "How much two modules' latents vary together; the diagonal, which is 1, is left out.",
         )
-    if s.note:
-        yield Note(s.note)
+    for note in filter(None, [s.note, f.missing.get("low_rank")]):
+        yield Note(note)
 
 
 def _quality(f: Findings) -> Iterator:

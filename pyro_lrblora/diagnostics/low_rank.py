@@ -1,0 +1,117 @@
+"""Is the posterior's covariance low-rank: asked of a reference, never of a guide whose rank is an assumption."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from ..guides.draws import DrawsGuide
+from ..guides.full_rank import FullRankGuide
+from ..posterior import Posterior, local_parameters
+from ..priors import prior_variance
+from .structure import _effective_rank
+
+_MOST = 4096  # latents, whose covariance is decomposed whole
+_PER_LATENT = 4  # draws of each, below which the inverse of a sample covariance is mostly noise
+_SHARE = 0.9  # of the total, for the number of directions that hold it
+
+
+@local_parameters
+@torch.no_grad()
+def low_rank(reference: Posterior, random: Posterior | None = None, seed: int = 0) -> LowRankness:
+    """How many directions the covariance and what the data add to the precision have, beside what they have by chance.
+
+    Both in units of the prior. The data's part of the precision is S^(1/2) C^-1 S^(1/2) - I, C the posterior's and S
+    the prior's covariance: under a Normal prior it is the Fisher information in those units, and of low rank where the
+    data determine few directions (the covariance is the identity minus low rank then, and itself of full rank). The
+    nulls: the same marginals without correlation, of draws by shuffling each latent alone; and the posterior in a
+    random subspace. An effective rank well below both is structure.
+
+    Args:
+        reference: stored draws (lb.infer.nuts), or a normal with a free covariance (laplace structure="full").
+        random: the same in a subspace of projections.Random().
+        seed: of the shuffling.
+
+    Raises:
+        TypeError: a guide whose own form decides the rank.
+        ValueError: more than 4,096 latents, no variance.
+    """
+    named = {"reference": reference} | ({} if random is None else {"random projection": random})
+    for posterior in named.values():
+        _check(posterior)
+    rows, spectra, notes = {}, {}, []
+    for name, posterior in named.items():
+        for label, whitened, draws in _whitened(posterior, name, seed):
+            values = torch.linalg.eigvalsh(whitened).flip(0).clamp(min=0)
+            parts = {"covariance": (values, draws)}
+            if draws is None or draws >= _PER_LATENT * len(values):
+                parts["precision from the data"] = ((1 / values.clamp(min=1e-12) - 1).clamp(min=0).flip(0), None)
+            else:
+                notes.append(f"{label}: no precision, {draws} draws are fewer than {_PER_LATENT} per latent")
+            for part, (spectrum, drawn) in parts.items():
+                rows[part, label] = _row(spectrum, drawn)
+                spectra[part, label] = spectrum.numpy()
+    table = pd.DataFrame.from_dict(rows, orient="index")
+    table.index = pd.MultiIndex.from_tuples(table.index, names=["of", "in"])
+    return LowRankness(table.sort_index(level=0, sort_remaining=False), spectra, "; ".join(notes))
+
+
+@dataclass(frozen=True)
+class LowRankness:
+    """Spectra of a reference posterior beside its nulls.
+
+    Args:
+        table: a row per matrix (covariance, precision from the data) and source (reference, no correlation, random
+            projection): effective rank tr(M)^2 / tr(M^2); latents, D; share of the trace in the first and in the first
+            eight directions; directions that hold 90% of it.
+        spectra: the same keys -> eigenvalues (D,), descending, in units of the prior.
+        note: what is missing, and why.
+    """
+
+    table: pd.DataFrame
+    spectra: dict[tuple[str, str], np.ndarray]
+    note: str = ""
+
+
+def _check(posterior: Posterior) -> None:
+    free = isinstance(posterior.guide, FullRankGuide) and posterior.guide.runs[0][0] == 1
+    if not (free or isinstance(posterior.guide, DrawsGuide)):
+        raise TypeError(
+            f"expected a reference of stored draws or with a free covariance, got {posterior.guide_spec!r}, whose form "
+            "decides the rank; write lb.infer.nuts(...) or lb.infer.laplace(..., structure='full')"
+        )
+    size = posterior.model.sites.size
+    if size > _MOST:
+        raise ValueError(f"expected at most {_MOST:,} latents, got D = {size:,}; adapt fewer modules or lower the rank")
+
+
+def _whitened(posterior: Posterior, name: str, seed: int) -> list[tuple[str, Tensor, int | None]]:
+    """Label, covariance in units of the prior (D, D) and the draws it is from: as it is, and without correlations."""
+    model, bare = posterior.model, f"{name}, no correlation"
+    sd = model.sites.join(prior_variance(model.sample_prior, model.sites.shapes)).double().cpu().sqrt()
+    if isinstance(posterior.guide, FullRankGuide):
+        covariance = posterior.covariance().dense().double().cpu() / sd.outer(sd)
+        return [(name, covariance, None), (bare, covariance.diagonal().diag(), None)]
+    draws = model.sites.join(posterior.sample(posterior.guide.total)).double().cpu() / sd
+    if not bool((draws.amax(0) > draws.amin(0)).any()):
+        raise ValueError("expected a reference whose latents vary, got one whose draws are all the same")
+    generator = torch.Generator().manual_seed(seed)
+    shuffled = draws.gather(0, torch.rand(draws.shape, generator=generator).argsort(0))
+    return [(label, torch.cov(each.T).reshape(2 * [each.shape[1]]), len(draws))
+            for label, each in ((name, draws), (bare, shuffled))]  # fmt: skip
+
+
+def _row(values: Tensor, draws: int | None) -> dict[str, float]:
+    total = values.sum()
+    shares = (values / total).cumsum(0) if total > 0 else torch.full_like(values, torch.nan)
+    return {
+        "effective rank": _effective_rank(values, draws),
+        "latents": len(values),
+        "first direction": float(shares[0]),
+        "first eight": float(shares[min(8, len(values)) - 1]),
+        f"directions for {_SHARE:.0%}": int((shares < _SHARE).sum()) + 1 if total > 0 else np.nan,
+    }
