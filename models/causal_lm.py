@@ -28,6 +28,7 @@ def main() -> None:
     parser.add_argument("--targets", default="all-linear")
     parser.add_argument("--layers", type=int, nargs="*")
     parser.add_argument("--rows", type=int, default=1000)
+    parser.add_argument("--validation-rows", type=int, default=100, help="scored after every epoch")
     parser.add_argument("--test-rows", type=int, default=200)
     parser.add_argument("--max-length", type=int, default=128)
     parser.add_argument("--epochs", type=int, default=5)
@@ -42,7 +43,7 @@ def main() -> None:
     network = AutoModelForCausalLM.from_pretrained(args.base, dtype=args.dtype)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
-    splits = load_splits(args.data, args.rows, 100, args.test_rows, args.seed)
+    splits = load_splits(args.data, args.rows, args.validation_rows, args.test_rows, args.seed)
     train, validation, test = (
         lb.data.Texts(
             rows, tokenizer, text=args.text, prompt=args.prompt_column, max_length=args.max_length,

@@ -63,6 +63,7 @@ def main() -> None:
     parser.add_argument("--targets", default="all-linear")
     parser.add_argument("--layers", type=int, nargs="*")
     parser.add_argument("--rows", type=int, default=500)
+    parser.add_argument("--validation-rows", type=int, default=200, help="scored after every epoch")
     parser.add_argument("--test-rows", type=int, default=300)
     parser.add_argument("--max-length", type=int, default=256)
     parser.add_argument("--epochs", type=int, default=4)
@@ -74,7 +75,7 @@ def main() -> None:
     args = parser.parse_args()
 
     network, tokenizer, likelihood, form = load(args.base, args.form, args.mean_pool, args.dtype, args.choices)
-    splits = load_splits(args.data, args.rows, 200, args.test_rows, args.seed)
+    splits = load_splits(args.data, args.rows, args.validation_rows, args.test_rows, args.seed)
     splits = [rows.filter(lambda row: len(row["choices"]) == args.choices) for rows in splits]
     how = {"question": args.question, "batch_size": args.batch_size, "max_length": args.max_length}
     train = form(splits[0], tokenizer, shuffle=args.seed, **how)

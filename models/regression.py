@@ -30,6 +30,7 @@ def main() -> None:
     parser.add_argument("--targets", default="all-linear")
     parser.add_argument("--layers", type=int, nargs="*")
     parser.add_argument("--rows", type=int, default=800)
+    parser.add_argument("--validation-rows", type=int, default=200, help="scored after every epoch")
     parser.add_argument("--test-rows", type=int, default=400)
     parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--draws", type=int, default=10)
@@ -38,7 +39,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
 
-    splits = load_splits(args.data, args.rows, 200, args.test_rows, args.seed)
+    splits = load_splits(args.data, args.rows, args.validation_rows, args.test_rows, args.seed)
     network, tokenizer = load_base(args.base, 2 if args.noise is None else 1, args.mean_pool, args.dtype)
     text = args.text if len(args.text) > 1 else args.text[0]
     train, validation, test = (

@@ -9,7 +9,7 @@ import pytest
 from conftest import SHARED
 
 ROOT = Path(__file__).resolve().parents[1]
-SMALL = ["--rows", "24", "--test-rows", "16", "--epochs", "1", "--draws", "2", "--rank", "2"]
+SMALL = ["--rows", "24", "--validation-rows", "12", "--test-rows", "12", "--epochs", "1", "--draws", "2", "--rank", "2"]
 MINILM, LLAMA = (str(SHARED / "weights" / name) for name in ("all-MiniLM-L6-v2", "stories260K-llama"))
 UPPER = ["--layers", "5"]
 
