@@ -23,6 +23,8 @@ nitpick_ignore_regex = [
     # Other projects, whose sites a build without a network cannot ask.
     ("py:.*", r"(torch|pyro|numpy|np|pandas|pd|transformers|datasets|collections|pathlib)\..*"),
     ("py:.*", r"Tensor|TorchDistribution|PyroModule"),
+    # Internals that signatures name and no page shows.
+    ("py:.*", r"pyro_lrblora\..*\.(_\w+|Bound\w+|DataPlate|Document|EcdfTest|Fisher|LearnedScale)"),
 ]
 
 html_theme = "furo"

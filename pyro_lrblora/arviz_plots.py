@@ -263,7 +263,7 @@ def summary(posterior: Posterior, draws: int | None = None, seed: int = 0):
         seed: of the draws.
 
     Returns:
-        A DataFrame of numbers: mean, sd and interval as ArviZ names them on each of its lines.
+        A DataFrame of numbers, with mean, sd and interval as ArviZ names them on each of its lines.
     """
     import arviz as az
 

@@ -53,7 +53,7 @@ def predict(
         tokenizer: for a datasets.Dataset, where the model has none.
 
     Returns:
-        What the likelihood predicts: classes, numbers, or the tokens of given texts.
+        What the likelihood predicts, be it classes, numbers, or the tokens of given texts.
 
     Raises:
         ValueError: draws < 1, an `at` that is not "mean", an unknown method, empty data.

@@ -20,7 +20,7 @@ def out_of_distribution(inside: Prediction, outside: Prediction) -> pd.DataFrame
         outside: one by the same posterior for other rows, logits (S, M, C).
 
     Returns:
-        Rows: entropy, mutual information, disagreement, max probability (its negative). Columns: AUROC (0.5 is
+        Rows of entropy, mutual information, disagreement, max probability (its negative). Columns of AUROC (0.5 is
         chance) with DeLong's standard error (DeLong et al. 1988); AUPR, rows from outside being the positive ones, and
         what chance reaches, their share; FPR95, the share of inside rows flagged by the threshold that finds 95% of
         those from outside (Hendrycks & Gimpel 2017, arXiv 1610.02136). NaN where one draw has nothing to say, with the

@@ -69,7 +69,7 @@ def most_uncertain(
         text: the text column or columns; None looks for the usual names.
 
     Returns:
-        Indexed by row number: the text columns, label, predicted (names where the prediction has them), the
+        Indexed by row number, with the text columns, label, predicted (names where the prediction has them), the
         probability of each class, entropy and mutual information in nats. What is left out, and why, is in
         attrs["notes"].
 

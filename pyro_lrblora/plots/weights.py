@@ -19,7 +19,7 @@ def weight_tail(pieces: Importance):
         pieces: what `importance` returned.
 
     Returns:
-        A matplotlib Figure, both axes logarithmic: a Pareto tail is a line there, its slope minus k-hat.
+        A matplotlib Figure, both axes logarithmic, where a Pareto tail is a line, its slope minus k-hat.
     """
     share = pieces.log_weights.softmax(0).sort(descending=True).values.numpy()
     draws, k_hat, seen = len(share), pieces.k_hat, share[share > _LOWEST]
