@@ -93,8 +93,8 @@ def import_peft(model: BayesianLoRA, source) -> tuple[Posterior, pd.DataFrame]:
             its own.
 
     Returns:
-        The posterior, and a row per module of norm, the Frobenius norm of the update; error, that of what is missing as a
-        share of it; kept, the share of the squared norm that is left. A module that the model does not adapt has
+        The posterior, and a row per module of norm, the Frobenius norm of the update; error, that of what is missing
+        as a share of it; kept, the share of the squared norm that is left. A module that the model does not adapt has
         kept 0, one that the adapter does not update NaN.
 
     Raises:
