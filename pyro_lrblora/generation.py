@@ -8,13 +8,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import (
-    LogitsProcessor,
-    LogitsProcessorList,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
 
 from .posterior import Posterior, local_parameters
 
@@ -87,7 +80,7 @@ def generate(
     with model.carrying(latents, posterior.head(), precision):
         sequences = network.generate(
             **inputs, do_sample=False, num_beams=1, max_new_tokens=max_new_tokens, pad_token_id=pad,
-            logits_processor=LogitsProcessorList([step]), **options,
+            logits_processor=[step], **options,
         )  # fmt: skip
     sequences = sequences[::count].cpu()
     new = sequences[:, -len(step.entropy) :]
@@ -139,10 +132,10 @@ class Generation:
         return self.mutual_information.sum(-1) / self.written.sum(-1)
 
 
-class _AveragedStep(LogitsProcessor):
+class _AveragedStep:
     """Makes the S rows of a prompt agree on one token of their averaged distribution, and notes the entropies."""
 
-    def __init__(self, draws: int, warpers: LogitsProcessorList, sample: bool, seed: int):
+    def __init__(self, draws: int, warpers, sample: bool, seed: int):
         self.draws, self.warpers, self.sample = draws, warpers, sample
         self.generator = torch.Generator().manual_seed(seed)
         self.log_probs: list[Tensor] = []
@@ -170,9 +163,12 @@ def _entropy(log_probs: Tensor) -> Tensor:
     return -(log_probs.exp() * log_probs.clamp(min=torch.finfo(log_probs.dtype).min)).sum(-1)
 
 
-def _warpers(sample: bool, temperature: float, top_k: int, top_p: float) -> LogitsProcessorList:
+def _warpers(sample: bool, temperature: float, top_k: int, top_p: float):
     if not sample and (temperature != 1.0 or top_k or top_p != 1.0):
         raise ValueError("expected do_sample=True with temperature, top_k or top_p: the most probable token needs none")
+    # Here, since it imports accelerate where that is installed.
+    from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
     warpers = LogitsProcessorList()
     if temperature != 1.0:
         warpers.append(TemperatureLogitsWarper(temperature))
