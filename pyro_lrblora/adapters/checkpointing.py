@@ -7,11 +7,6 @@ from contextlib import contextmanager
 
 from torch import nn
 
-try:
-    from transformers.modeling_layers import GradientCheckpointingLayer
-except ImportError:  # early transformers 4: no layer decides for itself
-    GradientCheckpointingLayer = ()
-
 
 def check_checkpointing(network: nn.Module) -> None:
     """Raise a ValueError if the network checkpoints in the reentrant way, which gives gradients to inputs alone."""
@@ -32,7 +27,7 @@ def checkpointing_without_dropout(network: nn.Module) -> Iterator[None]:
     it is asked whether to checkpoint, and is not when it runs, in backward neither.
     """
     # A stack of layers has the same flag, and dropout of its own.
-    layers = [module for module in _checkpointing(network) if isinstance(module, GradientCheckpointingLayer)]
+    layers = [module for module in _checkpointing(network) if isinstance(module, _layer_class())]
     functions = {layer: layer._gradient_checkpointing_func for layer in layers}
     # A layer run twice would add to a key-value cache twice.
     owners = [module for module in network.modules() if layers and hasattr(module, "config")]
@@ -81,3 +76,12 @@ def _in_evaluation_mode(layer: nn.Module, checkpoint: Callable) -> Callable:
         return checkpoint(evaluated, *args, **options)
 
     return run
+
+
+def _layer_class() -> type | tuple:
+    # Not at the top: it imports accelerate where that is installed.
+    try:
+        from transformers.modeling_layers import GradientCheckpointingLayer
+    except ImportError:  # early transformers 4: no layer decides for itself
+        return ()
+    return GradientCheckpointingLayer
