@@ -5,7 +5,8 @@ from importlib import metadata
 project = "pyro_lrblora"
 author = "the pyro_lrblora authors"
 version = release = metadata.version(project)
-exclude_patterns = ["conf.py"]
+default_role = "code"  # what docstrings put in single backticks
+smartquotes = False  # strings in docstrings are Python's
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 myst_heading_anchors = 3
