@@ -6,7 +6,7 @@ project = "pyro_lrblora"
 author = "the pyro_lrblora authors"
 version = release = metadata.version(project)
 default_role = "code"  # what docstrings put in single backticks
-smartquotes = False  # strings in docstrings are Python's
+smartquotes_action = "D"  # dashes; the quotes in docstrings are Python's
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 myst_heading_anchors = 3
@@ -30,4 +30,5 @@ nitpick_ignore_regex = [
 
 html_theme = "furo"
 html_title = project
+html_theme_options = {"light_css_variables": {"code-font-size": "75%"}}  # lines have up to 120 columns
 html_show_copyright = False
