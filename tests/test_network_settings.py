@@ -131,7 +131,7 @@ def test_grouped_query_attention_bounds_the_rank_module_by_module(name, adapter)
 
 
 @pytest.mark.parametrize("frozen", ["nothing", "embeddings", "everything"])
-@pytest.mark.parametrize("name", ["bert", "llama", "t5"])
+@pytest.mark.parametrize("name", ["bert", "llama"])
 def test_frozen_and_trainable_embeddings_stay_as_they_are(name, frozen, trained):
     network = build(name)
     network.requires_grad_(frozen != "everything")
@@ -145,7 +145,7 @@ def test_frozen_and_trainable_embeddings_stay_as_they_are(name, frozen, trained)
         assert torch.equal(one, other)
 
 
-@pytest.mark.parametrize("name", ["bert", "deberta-v3", "t5", "vit"])
+@pytest.mark.parametrize("name", ["bert", "deberta-v3", "vit"])
 def test_dropout_is_noise_in_training_and_absent_in_prediction(name):
     network = build(name)
     for module in network.modules():
