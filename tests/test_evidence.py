@@ -310,7 +310,7 @@ def test_pictures_show_every_weight_and_every_row():
     assert {line.get_label(): list(line.get_xdata()) for line in axes.lines[:2]} == {
         "reliable (2)": [0, 2], "above the limit (2)": [1, 4]
     }  # fmt: skip
-    assert "unknown for 1 of 5 rows" in axes.get_title()
+    assert "unknown for 1 of 5 rows" in axes.get_title("left")
     for empty in (
         Importance(torch.zeros(1, 1), torch.zeros(1), torch.zeros(1)),
         Importance(torch.zeros(50, 1), *torch.zeros(2, 50)),

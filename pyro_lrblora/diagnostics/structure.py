@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..adapters.targets import base_weight
+from ..distributions import CovarianceFactors
 from ..guides import LatentGuide
 from ..guides.draws import DrawsGuide
 from ..infer.elbo import is_normal
@@ -171,13 +172,14 @@ def _centred(gram: Tensor) -> Tensor:
 def _update_products(model, samples) -> tuple[dict[str, Tensor], dict[str, tuple[int, float]]]:
     """Inner products (S, S) of draws of W - W0 by module, and the entries and norm of W0."""
     drawn = {name: samples[name][:_UPDATES] for name in model.sites.shapes}
-    gram, sizes = {}, {}
+    sizes, draws = {}, len(next(iter(drawn.values())))
+    gram = {name: torch.empty(draws, draws, dtype=torch.float64) for name in model.modules}  # first: see _blocks
     for name, latent in model.adapted.per_module(drawn).items():
         left, right = model.adapted.low_rank_factors(name, latent)
         left, right = (each.double().cpu().expand(len(latent[0]), *each.shape[-2:]) for each in (left, right))
         # tr(R_s' L_s' L_t R_t): r x r for every pair, never m x n.
         inner = torch.einsum("smr,tmq->strq", left, left), torch.einsum("srn,tqn->strq", right, right)
-        gram[name] = (inner[0] * inner[1]).sum((-2, -1))
+        gram[name].copy_((inner[0] * inner[1]).sum((-2, -1)))
         weight = base_weight(model.modules[name])
         sizes[name] = weight.numel(), float(weight.float().norm())
     return gram, sizes
@@ -210,6 +212,9 @@ def _blocks(model, covariance, centred: Tensor) -> dict[str, tuple[Tensor, Tenso
         if covariance is None:
             own = centred[:, where]
             block.copy_(own.T @ own / (len(own) - 1))
+        elif isinstance(covariance, CovarianceFactors):
+            factor = covariance.factor[where].double()  # rows of the factor: the units below are a block times D
+            block.copy_(covariance.diagonal[where].double().diag() + covariance.sign * factor @ factor.T)
         else:
             units = torch.zeros(len(where), centred.shape[1]).to(covariance.variance)
             units[torch.arange(len(where)), where] = 1
