@@ -290,12 +290,13 @@ class BayesianLoRA:
         """The same model for another number of training rows; a point head starts anew."""
         return self._copy(size=size).with_head(self.head)
 
-    def in_subspace_of(self, other: BayesianLoRA, head_start: Mapping[str, Tensor]) -> BayesianLoRA:
-        """The same prior and likelihood in the subspace of another model, with the head starting at given values."""
-        scale = self.head_scale or other.head_scale
-        shared = {"_adapted": other.adapted, "prepared": other.prepared, "_class_names": other._class_names}
-        new = self._copy(head_scale=scale, **shared)
-        new._set_head(self.head, head_start)
+    def in_subspace_of(self, other: BayesianLoRA, head_start: Mapping[str, Tensor] | None = None) -> BayesianLoRA:
+        """The same prior and likelihood in another model's subspace, with its head there or (None) left for `prepare`."""
+        new = self._copy(_adapted=other.adapted)
+        if head_start is not None:
+            new.head_scale = self.head_scale or other.head_scale
+            new.prepared, new._class_names = other.prepared, other._class_names
+            new._set_head(self.head, head_start)
         return new
 
     def prepare(

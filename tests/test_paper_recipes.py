@@ -63,7 +63,7 @@ def test_glue_starts_at_the_nli_adapter_and_resumes(shared, script, fits, tmp_pa
         assert all(0 < row["NLL"] < 10 and row["T"] > 0 for row in run["rows"].values())
     assert len(pd.read_csv(tmp_path / "table.csv")) == 4
 
-    # Two NLI fits, and a fit of each method that starts at their latents, in their subspace, with a head of its own.
+    # Two NLI fits, and a fit of each method that starts at their latents (with a head of its own: test_svi).
     targets = [options["init"] for options in fits if options.get("init") is not None]
     assert len(fits) == 4
     assert len(targets) == 2
@@ -74,7 +74,7 @@ def test_glue_starts_at_the_nli_adapter_and_resumes(shared, script, fits, tmp_pa
         starts[type(start.model.adapter.projection)] = start
     for init in targets:
         start = starts[type(init.model.adapter.projection)]
-        assert init.model.classes == 2
+        assert init.model.classes == 3
         assert start.model.classes == 3
         assert start.mean()["R"].any()
         assert torch.equal(init.mean()["R"], start.mean()["R"])

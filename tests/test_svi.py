@@ -236,6 +236,24 @@ def test_staged_by_hand():
     assert torch.equal(trained.head()["classifier.weight"], tiny_bert().classifier.weight)
 
 
+def test_a_start_from_a_task_with_other_classes():
+    """Its subspace and latents carry over (MNLI to RTE, as the paper does); the head is the new task's own."""
+    adapter = lb.LoRAXS(2, lb.projections.Gradient())
+    start = fit(lb.BayesianLoRA(tiny_bert(3), adapter), guide=lb.guides.Delta(), rates=lb.Rates(loc=0.05))
+    two, model = token_batches(classes=2), lb.BayesianLoRA(tiny_bert(2), adapter)
+    still = {"rates": lb.Rates(0, 0, 0, 0), "epochs": 1}
+    posterior = fit(model, two, init=start, **still)
+    assert posterior.model.adapted is start.model.adapted
+    torch.testing.assert_close(posterior.mean()["R"], start.mean()["R"])
+    probed = lb.BayesianLoRA(tiny_bert(2), lb.LoRAXS(2)).prepare(two)
+    torch.testing.assert_close(posterior.head(), probed.head_start)
+    # A head already started stays where it is.
+    unprobed = model.in_subspace_of(start.model).prepare(two, probe=False)
+    assert torch.equal(
+        fit(unprobed, two, init=start, **still).head()["classifier.weight"], tiny_bert(2).classifier.weight
+    )
+
+
 def test_map_epochs_move_the_start():
     model = lb.BayesianLoRA(tiny_bert(), lb.LoRAXS(2)).prepare(token_batches())
     still = {"rates": lb.Rates(loc=0.01, scale=0, factor=0, head=0), "steps": 1, "warmup": 0.0}

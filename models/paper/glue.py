@@ -118,14 +118,9 @@ def run(settings: Mapping, args: argparse.Namespace) -> dict[str, dict[str, floa
     published = settings["method"] != "LowRankPrecision"
     init = None
     if FROM_NLI[task] and args.nli != "none":
-        start = nli_point(settings, args)
-        # MNLI's subspace and latents, the task's own head.
-        model = model.in_subspace_of(start.model, model.head_start).prepare(train, probe=not published, seed=seed)
-        guide = lb.guides.Delta()(model)
-        guide.loc.data.copy_(model.sites.join(start.mean()))
-        init = lb.Posterior(model, guide, lb.guides.Delta())
-    else:
-        model = model.prepare(train, probe=not published, seed=seed)
+        init = nli_point(settings, args)
+        model = model.in_subspace_of(init.model)  # MNLI's subspace and latents, the task's own head
+    model = model.prepare(train, probe=not published, seed=seed)
     how = {"init": init, "seed": seed, "batch_size": args.batch_size, "progress": False}
     epochs = args.burn_in + args.snapshots
     match settings["method"]:

@@ -21,13 +21,17 @@ from .progress import under
 
 def in_subspace(model: BayesianLoRA, init: Posterior | None, train, tokenizer) -> BayesianLoRA:
     """A copy for this fit alone: prepared, of the data's size, its head at the start."""
+    same_task = False
     if init is not None:
         if model.prepared and not _same_subspace(model.adapted.tensors(), init.model.adapted.tensors()):
             raise ValueError(
                 "expected init= to be fitted in the same subspace, got another; fit both from one model.prepare(train)"
             )
-        model = model.in_subspace_of(init.model, fixed_from(init).values)
-    elif not model.prepared:
+        head = fixed_from(init).values
+        # Another number of classes is another task: its latents carry over, its head does not.
+        same_task = _shapes(head) == _shapes(model.head_start)
+        model = model.in_subspace_of(init.model, head if same_task else None)
+    if not (model.prepared or same_task):
         model = model.prepare(train, tokenizer=tokenizer)
     return model.with_size(train.rows)
 
@@ -75,6 +79,10 @@ def prior_sites(model: BayesianLoRA) -> tuple[dict[str, object], list[str]]:
         trace = poutine.trace(model.prior).get_trace({"R": torch.Size([len(model.modules), 2, 2])})
     others = sorted(set(trace.stochastic_nodes) - set(latents))
     return {name: trace.nodes[name]["fn"] for name in latents}, others
+
+
+def _shapes(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Size]:
+    return {name: value.shape for name, value in tensors.items()}
 
 
 def _same_subspace(first: Mapping[str, torch.Tensor], second: Mapping[str, torch.Tensor]) -> bool:
