@@ -291,7 +291,7 @@ class BayesianLoRA:
         return self._copy(size=size).with_head(self.head)
 
     def in_subspace_of(self, other: BayesianLoRA, head_start: Mapping[str, Tensor] | None = None) -> BayesianLoRA:
-        """The same prior and likelihood in another model's subspace, with its head there or (None) left for `prepare`."""
+        """The same prior and likelihood in another model's subspace, its head there or (None) left for `prepare`."""
         new = self._copy(_adapted=other.adapted)
         if head_start is not None:
             new.head_scale = self.head_scale or other.head_scale
