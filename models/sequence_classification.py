@@ -41,7 +41,8 @@ def load_splits(
     """
     splits = read_splits(source)
     by_prefix = lambda *words: next((splits[n] for w in words for n in splits if n.startswith(w)), None)
-    everything = (by_prefix("train") or next(iter(splits.values()))).shuffle(seed=seed)
+    trained_on = next((name for name in splits if name.startswith("train")), next(iter(splits)))
+    everything = splits.pop(trained_on).shuffle(seed=seed)
     held = by_prefix(*held_out)
     unlabelled = held is not None and "label" in held.column_names and min(held["label"][:50]) < 0
     if held is None or unlabelled:

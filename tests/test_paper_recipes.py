@@ -26,6 +26,7 @@ COMMONSENSE = ["--small", "--base", LLAMA, "--rows", "24", "--validation-rows", 
 @pytest.fixture
 def script(monkeypatch):
     """A script of models/paper/ by name, imported as python would find it there."""
+    monkeypatch.syspath_prepend(str(PAPER.parent))
     monkeypatch.syspath_prepend(str(PAPER))
     return importlib.import_module
 

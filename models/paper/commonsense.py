@@ -27,13 +27,13 @@ from pathlib import Path
 
 import datasets
 import torch
-from runs import Runs, printed, scores
 from transformers import AutoTokenizer
 
 import pyro_lrblora as lb
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 from multiple_choice import letters_of, load
+from runs import Runs, printed, scores
 from sequence_classification import read_splits
 
 LAPLACE = {"Laplace-diagonal": "diagonal", "Laplace-kron": "kron"}

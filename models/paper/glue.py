@@ -26,11 +26,11 @@ from itertools import product
 from pathlib import Path
 
 import torch
-from runs import Runs, printed, scores
 
 import pyro_lrblora as lb
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
+from runs import Runs, printed, scores
 from sequence_classification import load_base, load_splits
 
 FROM_NLI = {"rte": True, "mrpc": True, "cola": False, "sst2": False}

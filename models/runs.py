@@ -29,6 +29,11 @@ class Runs:
                 continue
             self._finished[_key(run["settings"])] = run
 
+    @property
+    def finished(self) -> list[dict]:
+        """Every finished run: "settings", "rows", "seconds"."""
+        return list(self._finished.values())
+
     def complete(self, plan: Sequence[Mapping], make: Callable[[Mapping], Mapping[str, Mapping[str, float]]]) -> int:
         """Make the runs of a plan that are missing, and return how many failed; the others go on.
 

@@ -1,0 +1,283 @@
+"""The study's tables and figures, from its lines alone: python models/study/tables.py out/study/runs.jsonl"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import pandas as pd
+
+matplotlib.use("svg")
+from matplotlib import pyplot as plt  # noqa: E402
+
+OURS = "LowRankPrecision"
+REFERENCE = "LoRA"
+_FIRST = ("draws", "linearised", "point")  # the row of a run that stands for its method
+
+
+def chosen(finished: Sequence[Mapping], name: str, methods: Mapping) -> float:
+    """The value of a method's setting with the lowest validation NLL, averaged over the development tasks run so far.
+
+    Args:
+        finished: runs.
+        name: of the method.
+        methods: by name.
+
+    Returns:
+        The middle of the grid where nothing was tuned.
+    """
+    tuned, grid = methods[name].tuned_as or name, methods[name].grid
+    table = tuning(finished)
+    if table.empty or tuned not in table.index:
+        return grid[len(grid) // 2]
+    return float(table.loc[tuned].mean(axis=1).idxmin())
+
+
+def tuning(finished: Sequence[Mapping]) -> pd.DataFrame:
+    """Validation NLL by (method, value), a column per development task; values that lack a task are left out."""
+    rows = {}
+    for run in _of(finished, "tune"):
+        at = run["settings"]
+        rows.setdefault((at["method"], at["value"]), {})[at["task"]] = _main(run)["validation"]["NLL"]
+    table = pd.DataFrame.from_dict(rows, orient="index").dropna()
+    table.index = pd.MultiIndex.from_tuples(table.index, names=["method", "value"])
+    return table
+
+
+def variations(finished: Sequence[Mapping]) -> pd.DataFrame:
+    """Validation NLL of the default with one thing changed: by task, and the mean's difference from the default's."""
+    rows = {}
+    for run in _of(finished, "defaults"):
+        at = run["settings"]
+        rows.setdefault(at["method"], {})[at["task"]] = _main(run)["validation"]["NLL"]
+    table = pd.DataFrame.from_dict(rows, orient="index").dropna()
+    if "default" in table.index:
+        table["mean - default"] = (table - table.loc["default"]).mean(axis=1)
+    return table
+
+
+def scores(finished: Sequence[Mapping]) -> pd.DataFrame:
+    """A row per task, method, prediction and seed, a column per figure; "at T": after temperature scaling."""
+    rows = []
+    for run in _of(finished, "scores"):
+        at, fit = run["settings"], run["rows"]["fit"]
+        for name, row in run["rows"].items():
+            if name == "fit":
+                continue
+            flat = {key: at[key] for key in ("task", "method", "seed")} | {"prediction": name} | row["test"]
+            flat |= {f"{key} at T": value for key, value in row["test, tempered"].items()}
+            flat |= {"T": row["temperature"], "OOD AUROC": row.get("OOD AUROC")}
+            for votes in ("votes", "votes, tempered"):
+                flat |= {f"{votes}: {key}": value for key, value in row.get(votes, {}).items()}
+            flat |= {"parameters": fit["parameters"], "of LoRA r=8": fit["parameters"] / fit["LoRA r=8"]}
+            rows.append(flat | {"head": fit["head"], "seconds": fit["seconds"]})
+    return pd.DataFrame(rows)
+
+
+def paired(finished: Sequence[Mapping], loss: str, other: str, temper_other: bool = False) -> pd.DataFrame:
+    """Mean difference OURS - other in a loss, by task, with its standard error over test rows and seeds.
+
+    Args:
+        finished: runs, with the losses of their rows.
+        loss: "NLL" or "Brier".
+        other: a method.
+        temper_other: compare with the other's losses after temperature scaling.
+
+    Returns:
+        Columns difference, SE, seeds; the variance is that of the mean over rows (of differences averaged over seeds)
+        plus that of the mean over seeds.
+    """
+    found: dict[str, dict[str, dict[int, np.ndarray]]] = {}
+    for run in _of(finished, "scores"):
+        at, row = run["settings"], _main(run)
+        key = "losses, tempered" if temper_other and at["method"] == other else "losses"
+        if at["method"] in (OURS, other) and key in row:
+            found.setdefault(at["task"], {}).setdefault(at["method"], {})[at["seed"]] = np.asarray(row[key][loss])
+    rows = {}
+    for task, methods in found.items():
+        seeds = sorted(set(methods.get(OURS, {})) & set(methods.get(other, {})))
+        if not seeds:
+            continue
+        differences = np.stack([methods[OURS][seed] - methods[other][seed] for seed in seeds])  # (seeds, N)
+        variance = differences.mean(0).var(ddof=1) / differences.shape[1]
+        if len(seeds) > 1:
+            variance += differences.mean(1).var(ddof=1) / len(seeds)
+        rows[task] = {"difference": differences.mean(), "SE": variance**0.5, "seeds": len(seeds)}
+    return pd.DataFrame.from_dict(rows, orient="index")
+
+
+def write_tables(finished: Sequence[Mapping], folder: Path) -> None:
+    """Write tables.md and the figures below a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    parts = []
+    tuned, varied, scored = tuning(finished), variations(finished), scores(finished)
+    if len(tuned):
+        parts += ["## Tuned values: validation NLL on the development tasks", _wide(tuned)]
+    if len(varied):
+        parts += ["## The default with one thing changed: validation NLL", varied.round(3).to_markdown()]
+    if len(scored):
+        parts += ["## Averages over tasks", averages(scored).to_markdown()]
+        for task in scored["task"].unique():
+            parts += [f"## {task}", by_method(scored[scored["task"] == task]).to_markdown()]
+        parts += ["## Paired differences", differences(finished, scored).to_markdown()]
+        parts += ["## Steps and seconds to LoRA's best validation NLL", convergence(finished).to_markdown()]
+        dots(scored, folder / "nll.svg")
+        curves(finished, folder / "curves.svg")
+    (folder / "tables.md").write_text("\n\n".join(parts) + "\n")
+
+
+def averages(scored: pd.DataFrame) -> pd.DataFrame:
+    """Every method's main row, averaged over tasks and seeds, over those tasks and seeds that all methods have."""
+    main = _complete(_main_rows(scored))
+    columns = ["accuracy", "NLL", "Brier", "ECE (15 bins)", "ECE if calibrated", "ECE (15 bins of equal mass)", "AURC"]
+    columns += ["OOD AUROC", "NLL at T", "Brier at T", "ECE (15 bins) at T", "of LoRA r=8", "seconds"]
+    groups = main.groupby("method", sort=False)
+    table = groups[columns].mean()
+    if REFERENCE in table.index:
+        table.insert(5, "ECE / LoRA's", table["ECE (15 bins)"] / table.loc[REFERENCE, "ECE (15 bins)"])
+    # Over seeds within a task, averaged over tasks: what "more stable" is about.
+    spread = main.groupby(["method", "task"], sort=False)["NLL"].std().groupby("method", sort=False).mean()
+    table["NLL s.d. over seeds"] = spread
+    return table.round(3)
+
+
+def by_method(scored: pd.DataFrame) -> pd.DataFrame:
+    """One task: mean over seeds, ± their standard deviation for NLL, by method and prediction."""
+    columns = ["accuracy", "NLL", "Brier", "ECE (15 bins)", "ECE if calibrated", "AURC", "OOD AUROC", "votes: KL"]
+    columns += ["votes: JS", "T", "NLL at T", "ECE (15 bins) at T", "votes, tempered: KL", "parameters", "head"]
+    columns = [name for name in [*columns, "seconds"] if name in scored and scored[name].notna().any()]
+    groups = scored.groupby(["method", "prediction"], sort=False)
+    table, spread = groups[columns].mean().round(3), groups["NLL"].std()
+    table["NLL"] = [
+        f"{mean:.3f}" + ("" if np.isnan(sd) else f" ± {sd:.3f}") for mean, sd in zip(table["NLL"], spread, strict=True)
+    ]
+    table.insert(0, "seeds", groups.size())
+    table.index = [f"{method}, {row}" for method, row in table.index]
+    return table
+
+
+def differences(finished: Sequence[Mapping], scored: pd.DataFrame) -> pd.DataFrame:
+    """OURS minus every other method, in NLL and Brier, by task; and minus LoRA after temperature scaling."""
+    others = [name for name in scored["method"].unique() if name != OURS]
+    rows = {}
+    for other, temper in [(name, False) for name in others] + [(REFERENCE, True)]:
+        cells = {}
+        for loss in ("NLL", "Brier"):
+            for task, row in paired(finished, loss, other, temper).iterrows():
+                cells[f"{task}, {loss}"] = f"{row['difference']:+.3f} ± {row['SE']:.3f}"
+        rows[f"{OURS} - {other}" + (" at T" if temper else "")] = cells
+    return pd.DataFrame.from_dict(rows, orient="index")
+
+
+def convergence(finished: Sequence[Mapping]) -> pd.DataFrame:
+    """Median steps and seconds until the validation NLL is at LoRA's best of that task and seed; how many got there."""
+    curves_of = {}
+    for run in _of(finished, "scores"):
+        at, curve = run["settings"], run["rows"]["fit"]["curve"]
+        if curve:
+            curves_of[at["task"], at["seed"], at["method"]] = np.asarray(curve)
+    rows = []
+    for (task, seed, method), curve in curves_of.items():
+        reference = curves_of.get((task, seed, REFERENCE))
+        if reference is None:
+            continue
+        reached = np.flatnonzero(curve[:, 2] <= reference[:, 2].min() + 1e-9)
+        first = curve[reached[0]] if len(reached) else (np.nan, np.nan, np.nan)
+        rows.append({"method": method, "steps": first[0], "seconds": first[1], "reached": float(len(reached) > 0)})
+    if not rows:
+        return pd.DataFrame()
+    groups = pd.DataFrame(rows).groupby("method", sort=False)
+    return (
+        groups[["steps", "seconds"]].median().join(groups["reached"].mean()).join(groups.size().rename("fits")).round(2)
+    )
+
+
+def dots(scored: pd.DataFrame, path: Path) -> None:
+    """Test NLL by method, a panel per task: a dot per seed, hollow after temperature scaling, a bar at the mean."""
+    main = _main_rows(scored)
+    tasks, methods = main["task"].unique(), main["method"].unique()[::-1]
+    figure, axes = plt.subplots(1, len(tasks), figsize=(3 * len(tasks) + 1.5, 0.28 * len(methods) + 1), sharey=True)
+    for axis, task in zip(np.atleast_1d(axes), tasks, strict=True):
+        for place, method in enumerate(methods):
+            rows = main[(main["task"] == task) & (main["method"] == method)]
+            axis.plot(rows["NLL"], [place] * len(rows), "o", color="#0072B2", markersize=4)
+            axis.plot(rows["NLL at T"], [place] * len(rows), "o", color="#D55E00", markersize=4, markerfacecolor="none")
+            axis.plot([rows["NLL"].mean()], [place], "|", color="#0072B2", markersize=12)
+        axis.set_title(task, fontsize=9)
+        axis.set_xlabel("test NLL, nats", fontsize=8)
+        axis.set_yticks(range(len(methods)), methods, fontsize=8)
+        axis.tick_params(axis="x", labelsize=8)
+        axis.spines[["top", "right"]].set_visible(False)
+    _saved(figure, path)
+
+
+def curves(finished: Sequence[Mapping], path: Path) -> None:
+    """Validation NLL against steps, a panel per task, a line per method (the mean over seeds)."""
+    lines: dict[str, dict[str, list]] = {}
+    for run in _of(finished, "scores"):
+        at, curve = run["settings"], run["rows"]["fit"]["curve"]
+        if curve and at["method"] in (REFERENCE, "LoRA-XS", "Diagonal", "LowRank", OURS):
+            lines.setdefault(at["task"], {}).setdefault(at["method"], []).append(np.asarray(curve))
+    if not lines:
+        return
+    figure, axes = plt.subplots(1, len(lines), figsize=(3.2 * len(lines), 2.8))
+    for axis, (task, methods) in zip(np.atleast_1d(axes), lines.items(), strict=True):
+        for name, found in methods.items():
+            axis.plot(found[0][:, 0], np.mean([curve[:, 2] for curve in found], 0), label=name, linewidth=1.2)
+        axis.set_title(task, fontsize=9)
+        axis.set_xlabel("steps", fontsize=8)
+        axis.tick_params(labelsize=8)
+        axis.spines[["top", "right"]].set_visible(False)
+    np.atleast_1d(axes)[0].set_ylabel("validation NLL, nats", fontsize=8)
+    np.atleast_1d(axes)[-1].legend(frameon=False, fontsize=7)
+    _saved(figure, path)
+
+
+def _saved(figure, path: Path) -> None:
+    figure.tight_layout()
+    figure.savefig(path, metadata={"Date": None})
+    plt.close(figure)
+
+
+def _of(finished: Sequence[Mapping], stage: str) -> list[Mapping]:
+    return [run for run in finished if run["settings"]["stage"] == stage]
+
+
+def _main(run: Mapping) -> Mapping:
+    return next(run["rows"][name] for name in _FIRST if name in run["rows"])
+
+
+def _main_rows(scored: pd.DataFrame) -> pd.DataFrame:
+    return scored[scored["prediction"].isin(_FIRST)]
+
+
+def _complete(main: pd.DataFrame) -> pd.DataFrame:
+    methods = main["method"].nunique()
+    there = main.groupby(["task", "seed"])["method"].transform("nunique") == methods
+    return main[there] if there.any() else main
+
+
+def _wide(table: pd.DataFrame) -> str:
+    """A row per method: the mean over tasks at each of its values, the best in bold."""
+    rows = {}
+    for method, values in table.mean(axis=1).groupby(level=0, sort=False):
+        best = values.idxmin()
+        rows[method] = ", ".join(
+            (f"**{value:g}: {nll:.3f}**" if (method, value) == best else f"{value:g}: {nll:.3f}")
+            for (_, value), nll in values.items()
+        )
+    return pd.Series(rows, name="value: validation NLL").to_markdown()
+
+
+def main(argv: Sequence[str]) -> None:
+    path = Path(argv[0])
+    write_tables([json.loads(line) for line in path.read_text().splitlines()], path.parent)
+    print((path.parent / "tables.md").read_text())
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
