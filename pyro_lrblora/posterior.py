@@ -10,16 +10,16 @@ from functools import wraps
 import pyro
 import torch
 from pyro import poutine
-from pyro.infer.autoguide import AutoDelta
+from pyro.infer.autoguide import AutoDelta, AutoGuide
 from pyro.nn import PyroModule
 from torch import Tensor
 
-from .distributions import BlockCovariance, CovarianceFactors
+from .distributions import BlockCovariance, CovarianceFactors, FullCovariance
 from .guides import LatentGuide
 from .guides.delta import DeltaGuide
 from .guides.draws import DrawsGuide
 from .guides.ensemble import EnsembleGuide
-from .guides.stock import stock_log_prob
+from .guides.stock import stock_covariance, stock_log_prob
 from .head import FixedHead
 from .model import BayesianLoRA
 
@@ -135,19 +135,21 @@ class Posterior:
 
     @local_parameters
     @torch.no_grad()
-    def covariance(self) -> CovarianceFactors | BlockCovariance:
+    def covariance(self) -> CovarianceFactors | FullCovariance | BlockCovariance:
         """The covariance of the D latents: its `variance`, `times` a vector, and `dense()` where D is small.
 
         Raises:
-            TypeError: the guide is not one of this library's Gaussian families.
+            TypeError: the guide is not Gaussian.
         """
         if isinstance(self.guide, DrawsGuide):
             draws = self.model.sites.join(self.guide.spread(self.guide.total))
             return CovarianceFactors(torch.zeros_like(draws[0]), (draws - draws.mean(0)).T / (len(draws) - 1) ** 0.5)
+        if isinstance(self.guide, AutoGuide):
+            return stock_covariance(self.guide, self.model.sites.shapes)
         if not (isinstance(self.guide, LatentGuide) and self.guide.symmetric):
             raise TypeError(
-                f"expected a Gaussian guide of pyro_lrblora.guides for covariance factors, got "
-                f"{type(self.guide).__name__}; use the sample covariance of posterior.sample(draws)"
+                f"expected a Gaussian guide for a covariance in closed form, got {type(self.guide).__name__}; use the "
+                "sample covariance of posterior.sample(draws)"
             )
         q = self.guide.distribution()
         if hasattr(q, "covariance"):

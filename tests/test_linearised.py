@@ -5,7 +5,13 @@ import math
 import pytest
 import torch
 from conftest import LinearNetwork, label, tiny_bert, tiny_reviews, tiny_tokenizer, token_batches
-from pyro.infer.autoguide import AutoNormal
+from pyro.infer.autoguide import (
+    AutoDiagonalNormal,
+    AutoIAFNormal,
+    AutoLowRankMultivariateNormal,
+    AutoMultivariateNormal,
+    AutoNormal,
+)
 from scipy.integrate import quad
 
 import pyro_lrblora as lb
@@ -24,6 +30,10 @@ GAUSSIAN = [
     G.FullRank(per_module=True),
     G.MatrixNormal(),
     G.RotatedDiagonal(),
+    AutoNormal,
+    AutoDiagonalNormal,
+    AutoLowRankMultivariateNormal,
+    AutoMultivariateNormal,
 ]
 
 
@@ -159,11 +169,11 @@ def test_a_point_has_no_covariance():
         torch.testing.assert_close(logits, at_mean)
 
 
-@pytest.mark.parametrize("spec", [G.Flow(), G.Mixture(2), G.Mixture(2, "delta"), G.Dropout(), AutoNormal], ids=label)
+@pytest.mark.parametrize("spec", [G.Flow(), G.Mixture(2), G.Mixture(2, "delta"), G.Dropout(), AutoIAFNormal], ids=label)
 @pytest.mark.parametrize("method", ["linearised", "probit"])
 def test_only_gaussian_posteriors(spec, method):
     posterior, batches = linear_posterior(spec, spread=0.0)
-    with pytest.raises(TypeError, match="expected a Gaussian guide .* got .*Guide|got AutoNormal"):
+    with pytest.raises(TypeError, match="expected a Gaussian guide .* got (.*Guide|AutoIAFNormal)"):
         lb.predict(posterior, batches, method=method)
 
 

@@ -35,3 +35,18 @@ def test_pyros_laplace_is_the_exact_posterior_of_a_linear_gaussian_model():
     sd = torch.linalg.inv(problem.precision).diagonal().sqrt()
     assert ((normal.mean.double() - problem.mean).abs() / sd).max() < 0.05
     torch.testing.assert_close(normal.precision_matrix.double(), problem.precision, rtol=1e-3, atol=1e-2)
+
+
+@pytest.mark.parametrize("guide", STOCK[:3], ids=label)
+def test_the_covariance_of_the_latents_beside_other_sites(guide):
+    """A prior's own scales lie between the latents in a stock guide's flat vector; theirs is not the latents'."""
+    problem = LinearGaussian(rank=2, modules=2)
+    model = problem.model.with_prior(lb.priors.LayerScale(0.5))
+    posterior = fit(model, problem.batches(8), guide=guide, epochs=1)
+    for name, parameter in posterior.guide.named_parameters():
+        parameter.data += 0.5 * torch.randn(parameter.shape) if "loc" not in name else 0
+    drawn = posterior.model.sites.join(posterior.sample(20_000, seed=0)).double()
+    matrix = posterior.covariance().dense().double()
+    sd = matrix.diagonal().sqrt()
+    assert ((drawn.T.cov() - matrix) / sd.outer(sd)).abs().max() < 0.06
+    torch.testing.assert_close(posterior.covariance().variance.double(), matrix.diagonal())

@@ -31,7 +31,7 @@ from pyro_lrblora import metrics  # noqa: E402
 from pyro_lrblora.diagnostics import against_votes, out_of_distribution  # noqa: E402
 from pyro_lrblora.guides.ensemble import EnsembleGuide  # noqa: E402
 
-STAGES = ["tune", "defaults", "scores"]
+STAGES = ["tune", "scores", "defaults"]
 TUNING_SEED = 100
 SMALL = {
     "tasks": ["sst2"], "development": ["sst2"], "methods": ["LoRA", "LoRA-XS", "LowRankPrecision"], "seeds": [0],
@@ -51,10 +51,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
     parser.add_argument("--variations", nargs="+", default=list(VARIATIONS), choices=VARIATIONS)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--rows", type=int, default=400)
+    parser.add_argument("--rows", type=int, default=300)
     parser.add_argument("--validation-rows", type=int, default=150)
-    parser.add_argument("--test-rows", type=int, default=400)
-    parser.add_argument("--outside-rows", type=int, default=200, help="of another kind, and voted on")
+    parser.add_argument("--test-rows", type=int, default=300)
+    parser.add_argument("--outside-rows", type=int, default=100, help="of another kind, and voted on")
     parser.add_argument("--max-length", type=int, default=64, help="tokens per row, longer ones are cut")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--epochs", type=int, default=5)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import inspect
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
+import pyro.distributions as dist
 import torch
 from pyro.infer.autoguide import AutoContinuous, AutoGuide, AutoNormal, init_to_median, init_to_value
 from torch import Tensor, nn
 from torch.distributions import Normal, biject_to
 
+from ..distributions import CovarianceFactors, FullCovariance
 from .latent_guide import LatentGuide
 
 
@@ -82,3 +84,34 @@ def stock_log_prob(guide: AutoGuide, samples: Mapping[str, Tensor]) -> Tensor:
     if isinstance(guide, AutoContinuous):
         total = total + guide.get_posterior().log_prob(torch.cat(flat, dim=-1))
     return total
+
+
+def stock_covariance(guide: AutoGuide, sites: Iterable[str]) -> CovarianceFactors | FullCovariance:
+    """The covariance of some sites, one after another, under a guide that is a normal over unconstrained values.
+
+    Args:
+        guide: after its first call.
+        sites: names of sites on the whole real line, where a value is its own unconstrained value.
+
+    Raises:
+        TypeError: not a normal.
+    """
+    if isinstance(guide, AutoNormal):
+        scale = torch.cat([guide._get_loc_and_scale(name)[1].flatten() for name in sites])
+        return CovarianceFactors(scale.square(), scale.new_zeros(len(scale), 0))
+    normal = guide.get_posterior() if isinstance(guide, AutoContinuous) else None
+    places, start = {}, 0
+    for name, site in guide.prototype_trace.iter_stochastic_nodes():
+        places[name] = torch.arange(start, start := start + site["value"].numel())
+    where = torch.cat([places[name] for name in sites])
+    match normal:
+        case dist.MultivariateNormal():
+            return FullCovariance(normal.scale_tril[where])
+        case dist.LowRankMultivariateNormal():
+            return CovarianceFactors(normal.cov_diag[where], normal.cov_factor[where])
+        case dist.Independent(base_dist=dist.Normal(scale=scale)):
+            return CovarianceFactors(scale[where].square(), scale.new_zeros(len(where), 0))
+    raise TypeError(
+        f"expected a Gaussian guide for a covariance in closed form, got {type(guide).__name__}; use the sample "
+        "covariance of posterior.sample(draws)"
+    )
