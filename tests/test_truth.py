@@ -32,7 +32,7 @@ def test_a_family_reaches_the_best_it_can_do(problem, case):
     posterior = fit(problem, case.guide, **case.options)
     reached = fitted_kl(problem, posterior)
     if case.best is None:
-        assert reached < 0.95 * best_diagonal(problem)
+        assert reached < 0.4 * best_diagonal(problem)
         return
     best = case.best(problem, posterior)
     assert best - 1e-3 < reached < best + max(0.02 * best, case.tolerance)
@@ -138,7 +138,10 @@ def test_families_against_nuts_on_a_network_that_is_not_linear(reference, prior)
     model, train, test, nuts = reference(prior)
     assert nuts.settings["r_hat"] < 1.05
     distance = {}
-    for guide in (lb.guides.Diagonal(), lb.guides.LowRankPrecision(4), lb.guides.FullRank()):
+    guides = [lb.guides.Diagonal(), lb.guides.LowRankPrecision(4), lb.guides.FullRank()]
+    if isinstance(prior, lb.priors.Normal):
+        guides += [lb.guides.LowRank(4), lb.guides.MatrixNormal(), lb.guides.Flow(2, 16)]
+    for guide in guides:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", lb.ScalesNotConverged)
             rates = lb.Rates(loc=0.02, scale=0.02, factor=0.02)
@@ -148,4 +151,8 @@ def test_families_against_nuts_on_a_network_that_is_not_linear(reference, prior)
         assert found.mean_error.abs().mean() < 0.4, (guide, found.table)
         assert 0.6 < found.log_sd_ratio.mean().exp() < 1.1, (guide, found.table)
         assert found.total_variation < 0.03, (guide, found.table)
+    if isinstance(prior, lb.priors.Normal):
+        point = lb.fit(model, train, guide=lb.guides.Delta(), epochs=1500, rates=lb.Rates(loc=0.02), progress=False)
+        laplace = lb.infer.laplace(model, train, structure="full", init=point)
+        assert against_reference(laplace, nuts, test).total_variation < 0.05
     assert distance["FullRank"] < 0.75 * distance["Diagonal"]

@@ -44,7 +44,7 @@ class Fits:
 
     def __init__(self, problem: Problem, args: argparse.Namespace):
         self.problem, self.args = problem, args
-        self.borrowed = 0.0  # seconds of fits that were made before and used again
+        self.borrowed = 0.0  # CPU seconds of fits that were made before and used again
         self._models: dict[str, lb.BayesianLoRA] = {}
         self._points: dict[str, tuple[lb.Posterior, float]] = {}
 
@@ -72,9 +72,9 @@ class Fits:
         if key in self._points:
             self.borrowed += self._points[key][1]
         else:
-            begun = time.perf_counter()
+            begun = time.process_time()
             point = self.fit(self.model(adapter), G.Delta(), rates=lb.Rates(loc=rate))
-            self._points[key] = point, time.perf_counter() - begun
+            self._points[key] = point, time.process_time() - begun
         return self._points[key][0]
 
     def vary(self, variation: Variation) -> lb.Posterior:

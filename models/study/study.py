@@ -114,13 +114,13 @@ class Latest:
             found = problem(settings["task"], settings["seed"], self.args, with_test)
             self._key, self._fits = key, Fits(found, self.args)
         fits, name = self._fits, settings["method"]
-        fits.borrowed, begun = 0.0, time.perf_counter()
+        fits.borrowed, begun = 0.0, time.process_time()
         if settings["stage"] == "defaults":
             posterior, how = fits.vary(VARIATIONS[name]), "monte_carlo"
         else:
             posterior, how = METHODS[name].fit(fits, settings["value"]), METHODS[name].predict
-        seconds = time.perf_counter() - begun + fits.borrowed
-        about = costs(posterior) | {"seconds": seconds, "curve": curve(posterior)}
+        seconds = time.process_time() - begun + fits.borrowed
+        about = costs(posterior) | {"CPU seconds": seconds, "curve": curve(posterior)}
         rows = {}
         for label, options in ways(posterior, how, self.args.draws):
             held = lb.predict(posterior, fits.problem.validation, seed=0, **options)
@@ -182,13 +182,9 @@ def costs(posterior: lb.Posterior) -> dict[str, float]:
 
 
 def curve(posterior: lb.Posterior) -> list[list[float]]:
-    """Steps, seconds so far and validation NLL after every epoch."""
-    seconds, points = 0.0, []
-    for row in posterior.history:
-        seconds += row.get("seconds", 0.0)
-        if row.get("validation_nll") is not None:
-            points.append([row["step"], round(seconds, 2), round(row["validation_nll"], 4)])
-    return points
+    """Steps and validation NLL after every epoch."""
+    rows = [row for row in posterior.history if row.get("validation_nll") is not None]
+    return [[row["step"], round(row["validation_nll"], 4)] for row in rows]
 
 
 if __name__ == "__main__":

@@ -74,7 +74,7 @@ def scores(finished: Sequence[Mapping]) -> pd.DataFrame:
             for votes in ("votes", "votes, tempered"):
                 flat |= {f"{votes}: {key}": value for key, value in row.get(votes, {}).items()}
             flat |= {"parameters": fit["parameters"], "of LoRA r=8": fit["parameters"] / fit["LoRA r=8"]}
-            rows.append(flat | {"head": fit["head"], "seconds": fit["seconds"]})
+            rows.append(flat | {"head": fit["head"], "CPU seconds": fit["CPU seconds"]})
     return pd.DataFrame(rows)
 
 
@@ -124,7 +124,7 @@ def write_tables(finished: Sequence[Mapping], folder: Path) -> None:
         for task in scored["task"].unique():
             parts += [f"## {task}", by_method(scored[scored["task"] == task]).to_markdown()]
         parts += ["## Paired differences", differences(finished, scored).to_markdown()]
-        parts += ["## Steps and seconds to LoRA's best validation NLL", convergence(finished).to_markdown()]
+        parts += ["## Steps to LoRA's best validation NLL", convergence(finished).to_markdown()]
         dots(scored, folder / "nll.svg")
         curves(finished, folder / "curves.svg")
     (folder / "tables.md").write_text("\n\n".join(parts) + "\n")
@@ -134,7 +134,7 @@ def averages(scored: pd.DataFrame) -> pd.DataFrame:
     """Every method's main row, averaged over tasks and seeds, over those tasks and seeds that all methods have."""
     main = _complete(_main_rows(scored))
     columns = ["accuracy", "NLL", "Brier", "ECE (15 bins)", "ECE if calibrated", "ECE (15 bins of equal mass)", "AURC"]
-    columns += ["OOD AUROC", "NLL at T", "Brier at T", "ECE (15 bins) at T", "of LoRA r=8", "seconds"]
+    columns += ["OOD AUROC", "NLL at T", "Brier at T", "ECE (15 bins) at T", "of LoRA r=8", "CPU seconds"]
     groups = main.groupby("method", sort=False)
     table = groups[columns].mean()
     if REFERENCE in table.index:
@@ -149,7 +149,7 @@ def by_method(scored: pd.DataFrame) -> pd.DataFrame:
     """One task: mean over seeds, ± their standard deviation for NLL, by method and prediction."""
     columns = ["accuracy", "NLL", "Brier", "ECE (15 bins)", "ECE if calibrated", "AURC", "OOD AUROC", "votes: KL"]
     columns += ["votes: JS", "T", "NLL at T", "ECE (15 bins) at T", "votes, tempered: KL", "parameters", "head"]
-    columns = [name for name in [*columns, "seconds"] if name in scored and scored[name].notna().any()]
+    columns = [name for name in [*columns, "CPU seconds"] if name in scored and scored[name].notna().any()]
     groups = scored.groupby(["method", "prediction"], sort=False)
     table, spread = groups[columns].mean().round(3), groups["NLL"].std()
     table["NLL"] = [
@@ -174,7 +174,7 @@ def differences(finished: Sequence[Mapping], scored: pd.DataFrame) -> pd.DataFra
 
 
 def convergence(finished: Sequence[Mapping]) -> pd.DataFrame:
-    """Median steps and seconds until the validation NLL is at LoRA's best of that task and seed; how many got there."""
+    """Median steps until the validation NLL is at LoRA's best of that task and seed, and the share that got there."""
     curves_of = {}
     for run in _of(finished, "scores"):
         at, curve = run["settings"], run["rows"]["fit"]["curve"]
@@ -185,15 +185,12 @@ def convergence(finished: Sequence[Mapping]) -> pd.DataFrame:
         reference = curves_of.get((task, seed, REFERENCE))
         if reference is None:
             continue
-        reached = np.flatnonzero(curve[:, 2] <= reference[:, 2].min() + 1e-9)
-        first = curve[reached[0]] if len(reached) else (np.nan, np.nan, np.nan)
-        rows.append({"method": method, "steps": first[0], "seconds": first[1], "reached": float(len(reached) > 0)})
-    if not rows:
-        return pd.DataFrame()
-    groups = pd.DataFrame(rows).groupby("method", sort=False)
-    return (
-        groups[["steps", "seconds"]].median().join(groups["reached"].mean()).join(groups.size().rename("fits")).round(2)
-    )
+        reached = curve[curve[:, 1] <= reference[:, 1].min() + 1e-9, 0]
+        rows.append(
+            {"method": method, "steps": reached[:1].mean() if len(reached) else np.nan, "reached": len(reached) > 0}
+        )
+    groups = pd.DataFrame(rows, columns=["method", "steps", "reached"]).groupby("method", sort=False)
+    return groups["steps"].median().to_frame().join(groups["reached"].mean()).join(groups.size().rename("fits"))
 
 
 def dots(scored: pd.DataFrame, path: Path) -> None:
@@ -227,7 +224,7 @@ def curves(finished: Sequence[Mapping], path: Path) -> None:
     figure, axes = plt.subplots(1, len(lines), figsize=(3.2 * len(lines), 2.8))
     for axis, (task, methods) in zip(np.atleast_1d(axes), lines.items(), strict=True):
         for name, found in methods.items():
-            axis.plot(found[0][:, 0], np.mean([curve[:, 2] for curve in found], 0), label=name, linewidth=1.2)
+            axis.plot(found[0][:, 0], np.mean([curve[:, 1] for curve in found], 0), label=name, linewidth=1.2)
         axis.set_title(task, fontsize=9)
         axis.set_xlabel("steps", fontsize=8)
         axis.tick_params(labelsize=8)

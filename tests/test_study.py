@@ -1,0 +1,133 @@
+"""The study: cached lower layers are the network's own, rows stay apart, lines make the tables, a cut goes on."""
+
+import argparse
+import importlib
+import json
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_reviews
+
+import pyro_lrblora as lb
+from pyro_lrblora.networks import MeanPoolClassifier, builtin_base
+
+MODELS = Path(__file__).parents[1] / "models"
+pytestmark = pytest.mark.filterwarnings("ignore::pyro_lrblora.ScalesNotConverged")
+TINY = ["--rows", "24", "--validation-rows", "16", "--test-rows", "24", "--outside-rows", "12", "--epochs", "1",
+        "--max-length", "24", "--draws", "2", "--frozen-layers", "5", "--seeds", "0"]  # fmt: skip
+
+
+@pytest.fixture
+def script(monkeypatch):
+    """A script of models/study/ by name, imported as python would find it there."""
+    for folder in (MODELS, MODELS / "study"):
+        monkeypatch.syspath_prepend(str(folder))
+    return importlib.import_module
+
+
+def lines(folder):
+    return [json.loads(line) for line in (folder / "runs.jsonl").read_text().splitlines()]
+
+
+def test_upper_layers_on_cached_states_are_the_network(script):
+    upper = script("upper_layers")
+    classifier, tokenizer = builtin_base(3)
+    torch.manual_seed(0)
+    torch.nn.init.normal_(classifier.classifier.weight)
+    reviews = tiny_reviews(9)
+    items = {"question": reviews["text"], "choices": [["good", "a very bad film"]] * 9, "label": [1] * 9}
+    choices = lb.data.Choices(datasets.Dataset.from_dict(items), tokenizer, batch_size=4)
+    for rows, classes in ((lb.Batches(reviews, tokenizer, batch_size=4), 3), (choices, 1)):
+        states = upper.LowerStates(rows, classifier.encoder, 4, 5, None)
+        network = upper.UpperLayers(classifier.encoder, 4, classes).eval()
+        network.classifier.weight.data = classifier.classifier.weight[:classes].detach()
+        whole = MeanPoolClassifier(classifier.encoder, classes).eval()
+        whole.classifier = network.classifier
+        assert torch.equal(states.labels, rows.labels)
+        with torch.no_grad():
+            found = torch.cat([network(batch["hidden"], batch["attention_mask"]).logits for batch in states.in_order()])
+            inputs = ({name: x for name, x in batch.items() if name != "labels"} for batch in rows)
+            wanted = torch.cat([whole(**batch).logits for batch in inputs])
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_rows_of_a_split_stay_apart(script, shared):
+    tasks = script("tasks")
+    args = argparse.Namespace(data=str(shared / "data"), base="builtin", frozen_layers=5, batch_size=8, max_length=24,
+                              rows=20, validation_rows=10, test_rows=16, outside_rows=8)  # fmt: skip
+    first, second = (tasks.problem("snli", seed, args) for seed in (0, 1))
+    equal = lambda a, b: a.shape == b.shape and torch.equal(a, b)
+    hidden = lambda batches: batches._encoded["hidden"]
+    assert [len(hidden(rows)) for rows in (first.train, first.validation, first.test, first.outside)] == [20, 10, 16, 8]
+    for rows in (first.validation, first.test):
+        assert not any(equal(a, b) for a in hidden(rows) for b in hidden(first.train))
+    assert all(equal(a, b) for a, b in zip(hidden(first.test), hidden(second.test), strict=True))
+    assert not all(equal(a, b) for a, b in zip(hidden(first.train), hidden(second.train), strict=True))
+    batches, votes = first.votes
+    assert votes.shape == (8, 3)
+    assert (votes.sum(1) == 100).all()
+    held = tasks.problem("snli", 0, args, test=False)
+    assert held.test is held.outside is held.votes is None
+
+
+def test_a_study_from_tuning_to_tables_that_goes_on(script, shared, tmp_path, capsys):
+    study = script("study")
+    command = [
+        "--data",
+        str(shared / "data"),
+        "--tasks",
+        "sst2",
+        "--development",
+        "sst2",
+        "--out",
+        str(tmp_path),
+        *TINY,
+    ]
+    command += ["--methods", "LoRA", "LowRankPrecision", "--variations", "default", "K = 2"]
+    study.main([*command, "--stages", "tune", "defaults"])
+    tuned = lines(tmp_path)
+    assert len(tuned) == 3 + 3 + 2
+    assert all(set(row) == {"validation"} for run in tuned for name, row in run["rows"].items() if name != "fit")
+    study.main([*command, "--stages", "scores"])
+    scored = [run for run in lines(tmp_path) if run["settings"]["stage"] == "scores"]
+    best = {
+        name: min(
+            (run["rows"][row]["validation"]["NLL"], run["settings"]["value"])
+            for run in tuned
+            if run["settings"]["method"] == name and run["settings"]["stage"] == "tune"
+        )[1]
+        for name, row in (("LoRA", "point"), ("LowRankPrecision", "draws"))
+    }
+    assert {run["settings"]["method"]: run["settings"]["value"] for run in scored} == best
+    tables = (tmp_path / "tables.md").read_text()
+    assert "| LowRankPrecision - LoRA " in tables
+    assert f"{scored[1]['rows']['draws']['test']['NLL']:.3f}" in tables
+    assert (tmp_path / "nll.svg").exists()
+    before = (tmp_path / "runs.jsonl").read_text()
+    study.main(command)
+    assert (tmp_path / "runs.jsonl").read_text() == before
+    assert "1/2 scores sst2 LoRA" in capsys.readouterr().out
+
+
+def test_paired_differences_against_brute_force(script):
+    tables = script("tables")
+    generator = np.random.default_rng(0)
+    losses = generator.normal(size=(2, 3, 40))  # methods, seeds, rows
+
+    def run(method, seed, values):
+        row = {"losses": {"NLL": list(values)}, "losses, tempered": {"NLL": list(values + 1)}}
+        return {"settings": {"stage": "scores", "task": "t", "method": method, "seed": seed}, "rows": {"draws": row}}
+
+    names = (tables.OURS, "LoRA")
+    runs = [run(name, seed, losses[i, seed]) for i, name in enumerate(names) for seed in range(3)]
+    found = tables.paired(runs, "NLL", "LoRA").loc["t"]
+    difference = losses[0] - losses[1]
+    assert found["difference"] == pytest.approx(difference.mean())
+    rows, seeds = difference.mean(0).std(ddof=1) / 40**0.5, difference.mean(1).std(ddof=1) / 3**0.5
+    assert found["SE"] == pytest.approx((rows**2 + seeds**2) ** 0.5)
+    assert tables.paired(runs, "NLL", "LoRA", temper_other=True).loc["t", "difference"] == pytest.approx(
+        difference.mean() - 1
+    )
