@@ -3,10 +3,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
+DATA ?= ../shared/data
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: test demo truth faults bench lint docs clean
+.PHONY: test demo truth faults bench study study-small lint docs clean
 
 test: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
@@ -24,6 +25,13 @@ truth: $(VENV)/.test
 
 faults: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/planted_faults.py
+
+# DATA is a folder with a folder of parquet files per task (docs/study.md); both go on where they were cut off.
+study: $(VENV)/.demo
+	OMP_NUM_THREADS=1 $(BIN)/python models/study/study.py --data $(DATA) --out out/study
+
+study-small: $(VENV)/.demo
+	$(BIN)/python models/study/study.py --data $(DATA) --out out/study-small --small
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
