@@ -1,6 +1,6 @@
 """Fit a Bayesian LoRA posterior to any text classification data with any base, and score it.
 
-python models/sequence_classification.py --base roberta-base --data glue/sst2 --guide LowRank --prior Horseshoe
+python models/sequence_classification.py --base roberta-base --data glue:sst2 --guide LowRank --prior Horseshoe
 
 Under `torchrun --nproc-per-node 4 ...` or `accelerate launch ...` the processes share the rows of every batch.
 """

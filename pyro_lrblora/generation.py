@@ -44,7 +44,7 @@ def generate(
         do_sample: draw each token from the averaged distribution; False takes its most probable one.
         temperature, top_k, top_p: of sampling, applied to the averaged distribution.
         seed: of the draws and of the sampling.
-        precision: "fp32" or "bf16".
+        precision: "fp32", "bf16" or "fp16".
         tokenizer: for texts, where the model has none.
         options: of transformers' generate, such as repetition_penalty; beams are not among them.
 
