@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .context import check_context, context_length
 from .posterior import Posterior, local_parameters
 
 
@@ -49,7 +50,8 @@ def generate(
         options: of transformers' generate, such as repetition_penalty; beams are not among them.
 
     Raises:
-        ValueError: draws < 1, no prompts, texts without a tokenizer that pads, beams, a network that cannot generate.
+        ValueError: draws < 1, no prompts, texts without a tokenizer that pads, beams, a network that cannot generate or
+            whose context is too short.
     """
     model = posterior.model
     tokenizer = tokenizer or model.tokenizer
@@ -74,6 +76,7 @@ def generate(
     inputs = {name: value.repeat_interleave(count, 0).to(model.device) for name, value in inputs.items()}
     latents = {name: value.repeat(rows, *[1] * (value.dim() - 1)) for name, value in values.items()}
     step = _AveragedStep(count, _warpers(do_sample, temperature, top_k, top_p), do_sample, seed)
+    _check_room(network, inputs["input_ids"].shape[1], max_new_tokens)
     pad = options.pop("pad_token_id", None)
     if pad is None:
         pad = getattr(tokenizer, "pad_token_id", None)
@@ -200,6 +203,20 @@ def _encoded(prompts, tokenizer, ended: bool) -> dict[str, Tensor]:
     ids = torch.tensor([[fill] * (width - len(row)) + row for row in rows])
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
     return {"input_ids": ids, "attention_mask": mask}
+
+
+def _check_room(network, prompt: int, new: int) -> None:
+    """Raise a ValueError where a prompt, or what is to be written after it, is longer than the network's context."""
+    check_context(network, prompt, "prompts")
+    written = new + (1 if network.config.is_encoder_decoder else prompt)  # a decoder begins with its start token
+    limit = context_length(network)
+    if limit is not None and written > limit:
+        room = limit - written + new
+        raise ValueError(
+            f"expected at most {limit} tokens before and after writing, the context of this {type(network).__name__}, "
+            f"got {written - new} + max_new_tokens={new}; write shorter prompts"
+            + (f" or max_new_tokens={room}" if room else "")
+        )
 
 
 def _before_the_end(tokens: Tensor, ends) -> Tensor:

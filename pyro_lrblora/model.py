@@ -17,7 +17,9 @@ from .adapters import LoRAXS
 from .adapters.attach import Attachment
 from .adapters.rows import run_rows
 from .adapters.targets import check_rank, device_of, find_targets
+from .context import check_context
 from .data import Batch, batch_rows
+from .data.texts import IGNORED
 from .data_plate import DataPlate
 from .head import FixedHead, PointHead, check_head, check_in_memory, head_parameters, output_layer
 from .priors.learned import LearnedScale
@@ -308,11 +310,16 @@ class BayesianLoRA:
         return prepare(self, train, tokenizer=tokenizer, probe=probe, batch_size=batch_size, seed=seed, cache=cache)
 
     def check_labels(self, batches, role: str) -> None:
-        """Raise a ValueError unless the batches have labels that the likelihood can take."""
+        """Raise a ValueError unless the likelihood can take the batches' labels, and the network the longest row."""
         if batches.labels is None:
             raise ValueError(f"expected a column 'label' or 'labels' in the {role}, got none")
+        check_context(self.network, batches.longest, role)
         if hasattr(self.likelihood, "check_labels"):
-            self.likelihood.check_labels(batches.labels, self.classes)
+            labels = batches.labels
+            if batches.for_decoder and labels.dim() == 2:
+                # In the place of the start token that a decoder reads first: aligned as any text's are.
+                labels = nn.functional.pad(labels, (1, 0), value=IGNORED)
+            self.likelihood.check_labels(labels, self.classes)
 
     def induced_sd(self, draws: int = 200, seed: int = 0) -> dict[str, float]:
         """Prior standard deviation of the entries of W - W0 per module; see pyro_lrblora.prior_predictive."""

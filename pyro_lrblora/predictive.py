@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .adapters.rows import mixing_modules
+from .context import check_context
 from .data import Batch, as_batches, batch_rows
 from .likelihoods import prediction, summary
 from .linearised import draw_logits, logit_moments, probit_logits
@@ -56,7 +57,8 @@ def predict(
         What the likelihood predicts, be it classes, numbers, or the tokens of given texts.
 
     Raises:
-        ValueError: draws < 1, an `at` that is not "mean", an unknown method, empty data.
+        ValueError: draws < 1, an `at` that is not "mean", an unknown method, empty data, rows longer than the
+            network's context.
         TypeError: linearised, a posterior that is not Gaussian, or labels that are not classes.
     """
     if at not in (None, "mean"):
@@ -67,6 +69,7 @@ def predict(
         raise ValueError(f"expected method to be one of {_METHODS}, and no at= with the last two, got {method!r}")
     model = posterior.model
     batches = as_batches(data, tokenizer or model.tokenizer, batch_size=batch_size, by_length=True)
+    check_context(model.network, batches.longest, "data")
     if method != "monte_carlo":
         moments = logit_moments(posterior, batches, precision)
         logits = probit_logits(*moments) if method == "probit" else draw_logits(*moments, draws, seed)

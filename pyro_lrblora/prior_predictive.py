@@ -9,6 +9,7 @@ from pyro import poutine
 from torch import Tensor
 
 from .adapters.targets import weight_shape
+from .context import check_context
 from .data import as_batches
 from .posterior import local_parameters
 from .predictive import Prediction, predict_at
@@ -38,6 +39,7 @@ def prior_predictive(
     if draws < 1:
         raise ValueError(f"expected draws >= 1, got draws={draws}")
     batches = as_batches(data, tokenizer or model.tokenizer, batch_size=batch_size, by_length=True)
+    check_context(model.network, batches.longest, "data")
     return predict_at(model, batches, prior_draws(model, draws, seed), model.head_values(), precision)
 
 

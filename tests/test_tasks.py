@@ -106,6 +106,19 @@ def test_sequence_to_sequence_is_the_loss_of_transformers():
     torch.testing.assert_close(total, outputs.loss)
 
 
+def test_a_decoders_target_may_be_one_token():
+    """Its start token is read before it, so that no label is only read."""
+    network, tokenizer = tiny_t5(), tiny_tokenizer()
+    data = datasets.Dataset.from_dict({"prompt": ["good film", "bad"], "text": ["good", "bad"]})
+    batches = lb.data.Texts(data, tokenizer, prompt="prompt", decoder=network)
+    model = lb.BayesianLoRA(network, lb.LoRAXS(2), likelihood=lb.likelihoods.NextToken())
+    for train in (batches, list(batches)):
+        posterior = lb.fit(model, train, steps=1, guide=lb.guides.Delta(), progress=False)
+        assert lb.predict(posterior, train, draws=1).observations == 2
+    with pytest.raises(ValueError, match=r"none in rows \[1\]"):
+        lb.fit(model, [dict(batch) | {"labels": torch.tensor([[2], [-100]])} for batch in batches], progress=False)
+
+
 def test_packing_is_off_and_loses_nothing_when_on():
     data, tokenizer = tiny_texts(), tiny_tokenizer()
     plain, packed = (lb.data.Texts(data, tokenizer, packed=on, max_length=10) for on in (False, True))

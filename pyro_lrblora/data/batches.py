@@ -40,6 +40,7 @@ class EncodedBatches:
     """
 
     class_names: list[str] | None = None
+    for_decoder = False  # whether the labels are a decoder's targets, with inputs of its own
 
     def __init__(
         self,
@@ -53,6 +54,7 @@ class EncodedBatches:
     ):
         self._encoded, self.labels, self._tokenizer = encoded, labels, tokenizer
         self._batch_size, self.rows, self._shuffle = batch_size, len(lengths), shuffle
+        self.longest = max(lengths, default=0)  # tokens
         self.generator = None if shuffle is None else torch.Generator().manual_seed(shuffle)
         self.order = np.argsort(lengths, kind="stable") if by_length else np.arange(self.rows)
 
@@ -161,11 +163,15 @@ class _GivenBatches:
         self.source = batches
         self.generator = getattr(batches, "generator", None)  # of a shuffling DataLoader that was given one
         sizes, labels = [], []
+        self.longest, self.for_decoder = 0, False
         for batch in batches:
             if not isinstance(batch, Mapping):
                 raise TypeError(f"expected batches to be dicts of tensors, got {type(batch).__name__}")
             sizes.append(batch_rows(batch))
             labels.append(batch.get("labels"))
+            tokens = [batch[name] for name in ("input_ids", "decoder_input_ids") if name in batch]
+            self.longest = max([self.longest, *(ids.shape[-1] for ids in tokens)])
+            self.for_decoder |= "decoder_input_ids" in batch
         if not sizes:
             raise ValueError("expected at least one batch of data, got none")
         self.rows = sum(sizes)

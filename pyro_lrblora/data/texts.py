@@ -61,7 +61,8 @@ class Texts(EncodedBatches):
         last = [tokenizer.eos_token_id] if end and tokenizer.eos_token_id is not None else []
         encode = lambda column, **how: tokenizer(list(dataset[column]), **how)["input_ids"]
         bare = lambda ids: ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
-        self._start = None
+        self._start, self.for_decoder = None, decoder is not None
+        sources = []
         if decoder is not None:
             self._start = decoder.config.decoder_start_token_id
             sources = encode(prompt, truncation=True, max_length=limit)
@@ -80,6 +81,7 @@ class Texts(EncodedBatches):
             targets = [[IGNORED] * len(before) + ids[len(before) :] for before, ids in zip(prompts, rows, strict=True)]
         labels = _filled(targets, IGNORED)
         super().__init__(encoded, labels, tokenizer, batch_size, shuffle, by_length, [len(ids) for ids in rows])
+        self.longest = max([self.longest, *(len(ids) for ids in sources)])
 
     def _collate(self, rows: Sequence[int]) -> dict[str, Tensor]:
         batch = super()._collate(rows)
