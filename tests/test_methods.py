@@ -10,6 +10,7 @@ from pyro.infer.autoguide import AutoNormal
 
 import pyro_lrblora as lb
 from pyro_lrblora.metrics import nll
+from pyro_lrblora.model import PRECISIONS
 
 pytestmark = pytest.mark.filterwarnings("ignore::pyro_lrblora.ScalesNotConverged")
 QUIET = {"progress": False}
@@ -125,9 +126,28 @@ def test_swag_predicts_and_is_saved(tmp_path):
     assert lb.predict(swag_lora, token_batches(16), draws=2).probs.isfinite().all()
 
 
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_swag_collects_in_the_precision_asked_for(precision):
+    """Not only the burn-in: the network's own outputs are of that kind, and the trajectory is near that in single."""
+    model = classifier()
+    kinds, options = set(), {"columns": 2, "snapshots": 4, "every": 1, **QUIET}
+    handle = model.network.classifier.register_forward_hook(lambda module, args, output: kinds.add(output.dtype))
+    point = lb.fit(model, token_batches(16), guide=lb.guides.Delta(), epochs=1, progress=False)
+    kinds.clear()
+    half = lb.infer.swag(model, token_batches(16), init=point, burn_in=0, precision=precision, **options)
+    handle.remove()
+    assert kinds == {PRECISIONS[precision]}
+    assert half.settings["precision"] == precision
+    single = lb.infer.swag(model, token_batches(16), init=point, burn_in=0, **options)
+    moved = [(posterior.mean()["R"] - point.mean()["R"]).flatten() for posterior in (single, half)]
+    assert not torch.equal(*moved)
+    assert torch.cosine_similarity(*moved, dim=0) > 0.9
+
+
 @pytest.mark.parametrize(
     ("model", "options", "message"),
     [
+        (classifier, {"precision": "fp8"}, "precision to be one of"),
         (lambda: classifier(lb.priors.Horseshoe(0.1)), {}, "only sites are the latents .*'R_local_scale'"),
         (lambda: classifier(lb.priors.LayerScale(0.1)), {}, "only sites are the latents .*'R_scale'"),
         (lambda: classifier(head="bayesian"), {}, "only sites are the latents .*'classifier.weight'"),

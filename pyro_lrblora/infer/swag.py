@@ -10,7 +10,7 @@ from tqdm.auto import tqdm
 
 from ..data import as_batches, endless
 from ..guides import Delta, LowRank
-from ..model import BayesianLoRA
+from ..model import PRECISIONS, BayesianLoRA
 from ..posterior import Posterior, local_parameters
 from .elbo import PartedELBO
 from .start import prior_sites, start_at
@@ -33,6 +33,7 @@ def swag(
     init: Posterior | None = None,
     batch_size: int = 32,
     seed: int = 0,
+    precision: str = "fp32",
     callbacks: Sequence[Callable[[dict, Posterior], object]] = (),
     progress: bool = True,
     tokenizer=None,
@@ -58,13 +59,14 @@ def swag(
         init: start of the point fit.
         batch_size: rows per batch, for a datasets.Dataset.
         seed: of the point fit and the order of batches.
+        precision: of the network, as for svi, in the point fit and while collecting.
         callbacks: called at every snapshot with {"snapshot", "step", "log_joint"} and the point at that moment.
         progress: show a progress bar.
         tokenizer: for a datasets.Dataset, where the model has none.
         options: of svi, for the point fit.
 
     Raises:
-        ValueError: fewer snapshots than columns, a prior with sites of its own.
+        ValueError: fewer snapshots than columns, a prior with sites of its own, an unknown precision.
         FloatingPointError: NaN or infinite loss; names the batch.
     """
     if not 2 <= columns <= snapshots:
@@ -73,6 +75,8 @@ def swag(
         raise ValueError(f"expected every >= 1 and burn_in >= 0, got every={every}, burn_in={burn_in}")
     if not covariance_scale > 0:
         raise ValueError(f"expected covariance_scale > 0, got {covariance_scale!r}")
+    if precision not in PRECISIONS:
+        raise ValueError(f"expected precision to be one of {list(PRECISIONS)}, got {precision!r}")
     _check_latents_only(model)
     tokenizer = tokenizer or model.tokenizer
     train = as_batches(train, tokenizer, batch_size=batch_size, shuffle=seed)
@@ -82,12 +86,12 @@ def swag(
     else:
         point = svi(
             model, train, guide=Delta(), init=init, epochs=burn_in, rates=rates, clip=clip, seed=seed,
-            progress=progress, tokenizer=tokenizer, **options,
+            precision=precision, progress=progress, tokenizer=tokenizer, **options,
         )  # fmt: skip
     every = every or len(train)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        moments = _collect(point, train, snapshots, every, columns, rates, clip, callbacks, progress)
+        moments = _collect(point, train, snapshots, every, columns, rates, clip, precision, callbacks, progress)
         guide = LowRank(columns)(point.model)
     moments.into(guide, covariance_scale)
     if point.model.point_head is not None:
@@ -101,6 +105,7 @@ def swag(
         "rates": vars(rates),
         "covariance_scale": covariance_scale,
         "seed": seed,
+        "precision": precision,
     }
     return Posterior(point.model, guide, LowRank(columns), point.history, settings)
 
@@ -142,15 +147,15 @@ class Moments:
         guide.scale = scale.to(guide.loc.dtype)
 
 
-def _collect(point, train, snapshots, every, columns, rates, clip, callbacks, progress) -> Moments:
+def _collect(point, train, snapshots, every, columns, rates, clip, precision, callbacks, progress) -> Moments:
     model, guide, head = point.model, point.guide, point.model.point_head
     elbo = PartedELBO(False, model.sites.shapes)
-    optimiser, scaler = optimiser_of(point, rates), gradient_scaler(model, "fp32")
+    optimiser, scaler = optimiser_of(point, rates), gradient_scaler(model, precision)
     moments, batches = Moments(columns), endless(train)
     for number in tqdm(range(snapshots), disable=not progress, desc="SWAG", unit="snapshot"):
         for _ in range(every):
             position, batch = next(batches)
-            add_gradients(model, elbo, model, guide, batch, (position, None), scaler=scaler)
+            add_gradients(model, elbo, model, guide, batch, (position, None), precision, scaler=scaler)
             step(optimiser, clip, scaler)
         moments.add(guide.loc, {} if head is None else head.state_dict())
         row = {"snapshot": number + 1, "step": (number + 1) * every, "log_joint": elbo.bound.elbo}
