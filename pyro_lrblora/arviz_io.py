@@ -11,6 +11,7 @@ import torch
 from .data import as_batches
 from .guides.draws import DrawsGuide
 from .posterior import Posterior
+from .predictions import TokenPrediction
 from .predictive import predict
 from .prior_predictive import prior_draws
 
@@ -21,9 +22,10 @@ def to_arviz(posterior: Posterior, data=None, draws: int | None = None, seed: in
     """A posterior's draws, prior draws and predictions: InferenceData on ArviZ 0.x, an xarray DataTree on 1.x.
 
     Groups: posterior, prior and sample_stats (log_q, the guide's log density in nats, where it has one); with data
-    also posterior_predictive, and with labels log_likelihood and observed_data. Stored draws keep their chains; any
-    others are independent: one chain, no R-hat or ESS to look at. Latent sites have the dims (module, row, col), with
-    module names as coordinates.
+    also posterior_predictive, and with labels log_likelihood and observed_data. Given texts are scored, not predicted:
+    log_likelihood holds "text", nats of each whole text, observed_data "tokens" (-100 where one is not scored), and
+    there is no posterior_predictive. Stored draws keep their chains; any others are independent: one chain, no R-hat or
+    ESS to look at. Latent sites have the dims (module, row, col), with module names as coordinates.
 
     Args:
         posterior: what a fit returned.
@@ -47,7 +49,10 @@ def to_arviz(posterior: Posterior, data=None, draws: int | None = None, seed: in
             with torch.random.fork_rng():
                 torch.manual_seed(seed)
                 groups["posterior_predictive"] = by_chain({"labels": prediction.draw_labels()})
-        if prediction.labels is not None:
+        if isinstance(prediction, TokenPrediction):
+            groups["log_likelihood"] = by_chain({"text": prediction.log_likelihood})
+            groups["observed_data"] = {"tokens": batches.labels.numpy()}
+        elif prediction.labels is not None:
             groups["log_likelihood"] = by_chain({"labels": prediction.log_likelihood})
             groups["observed_data"] = {"labels": prediction.labels.numpy()}
     dims, coords = _dims_and_coords(posterior.model, groups["posterior"])
@@ -141,18 +146,19 @@ def psis(log_weights: np.ndarray, tolerance: float = 1e-6) -> tuple[np.ndarray, 
     return smoothed, k_hat
 
 
-def elpd_data(elpd: np.ndarray, k_hat: np.ndarray):
+def elpd_data(loo):
     """Leave-one-out densities as ArviZ's ELPDData; its effective number of parameters is unknown (NaN).
 
     Args:
-        elpd: (N,) nats.
-        k_hat: (N,).
+        loo: what evidence.psis_loo returned.
     """
     import xarray
 
+    elpd, k_hat = loo.elpd.numpy(), loo.k_hat.numpy()
     rows = lambda values: xarray.DataArray(np.asarray(values, dtype=float), dims="observation")
-    total, error, bad = float(np.sum(elpd)), float(np.std(elpd) * len(elpd) ** 0.5), bool((k_hat > 0.7).any())
-    shared = {"scale": "log", "se": error, "n_samples": 0, "n_data_points": len(elpd), "good_k": 0.7, "warning": bad}
+    total, error, bad = float(np.sum(elpd)), float(np.std(elpd) * len(elpd) ** 0.5), bool((k_hat > loo.threshold).any())
+    shared = {"scale": "log", "se": error, "warning": bad}
+    shared |= {"n_samples": loo.draws, "n_data_points": len(elpd), "good_k": loo.threshold}
     if arviz_1():
         from arviz_stats import utils
 
@@ -180,7 +186,8 @@ def _by_chain(values: Mapping[str, torch.Tensor], chains: int) -> dict[str, np.n
 
 def _dims_and_coords(model, variables: Mapping[str, np.ndarray]) -> tuple[dict, dict]:
     """Axis names of every latent site and of the prior's scales that follow its axes."""
-    sites, dims, coords = model.sites.shapes, {"labels": ["observation"]}, {}
+    sites, coords = model.sites.shapes, {}
+    dims = {"labels": ["observation"], "text": ["observation"], "tokens": ["observation", "token"]}
     for site, shape in sites.items():
         # With several sites, "module" means other modules in each: the axes carry the site's name.
         axes = [axis if len(sites) == 1 else f"{axis}_{site}" for axis in _AXES]

@@ -100,7 +100,7 @@ def pair(posterior: Posterior, latents: Sequence[int] | None = None, draws: int 
 
 
 def k_hat(loo: LOO):
-    """Pareto k-hat of every row's leave-one-out weights, and the threshold 0.7 (Vehtari et al. 2024, arXiv 1507.02646).
+    """Pareto k-hat of every row's leave-one-out weights, and the threshold that its draws allow, `loo.threshold`.
 
     Args:
         loo: what evidence.psis_loo returned; rows whose k-hat is unknown have no point.
@@ -110,7 +110,7 @@ def k_hat(loo: LOO):
     """
     if not bool(loo.k_hat.isfinite().any()):
         raise ValueError(f"expected a k-hat in some row, got none: {loo.note}; take 100 draws or more")
-    data = elpd_data(loo.elpd.numpy(), loo.k_hat.numpy())
+    data = elpd_data(loo)
     if arviz_1():
         from arviz_plots import plot_khat
 
@@ -210,7 +210,7 @@ def compare(posteriors: Mapping[str, Posterior], train, draws: int | None = None
     for posterior in posteriors.values():
         check_fitted_rows(posterior, as_batches(train, posterior.model.tokenizer, batch_size=64, by_length=True))
     loos = {name: psis_loo(posterior, train, draws or 200, seed) for name, posterior in posteriors.items()}
-    table = {name: elpd_data(loo.elpd.numpy(), loo.k_hat.numpy()) for name, loo in loos.items()}
+    table = {name: elpd_data(loo) for name, loo in loos.items()}
     height = 1.0 + 0.35 * len(posteriors)
     if arviz_1():
         from arviz_plots import plot_compare

@@ -16,9 +16,7 @@ def context_length(network: nn.Module) -> int | None:
     config = next((c for c in map(_config, (network, getattr(network, "base_model", None))) if c is not None), None)
     if config is None:
         return None
-    with suppress(
-        AttributeError, ValueError
-    ):  # of a network that reads images too, its language model's
+    with suppress(AttributeError, ValueError):  # of a network that reads images too, its language model's
         config = config.get_text_config()
     limit = getattr(config, "max_position_embeddings", None)
     endless = getattr(config, "alibi", False) or not getattr(config, "position_biased_input", True)

@@ -4,10 +4,13 @@ import arviz as az
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_bert, token_batches
+from conftest import tiny_bert, tiny_tokenizer, token_batches
+from test_tasks import tiny_items, tiny_llama, tiny_t5, tiny_texts
 
 import pyro_lrblora as lb
 from pyro_lrblora.arviz_io import arviz_1, elpd_data, posterior_draws
+from pyro_lrblora.evidence import LOO
+from pyro_lrblora.networks import MeanPoolClassifier
 
 pytestmark = pytest.mark.filterwarnings("ignore::pyro_lrblora.ScalesNotConverged")
 
@@ -53,6 +56,44 @@ def test_without_data_and_without_labels():
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("network", [tiny_llama, tiny_t5])
+def test_texts_are_scored_as_wholes_and_kept_as_tokens(network):
+    network, tokenizer = network(), tiny_tokenizer()
+    decoder = network if network.config.is_encoder_decoder else None
+    texts = lb.data.Texts(tiny_texts(6), tokenizer, prompt="prompt", decoder=decoder, by_length=True, batch_size=4)
+    model = lb.BayesianLoRA(network, lb.LoRAXS(2, targets="all-linear"), likelihood=lb.likelihoods.NextToken())
+    posterior = lb.fit(model, texts, guide=lb.guides.Diagonal(), steps=2, progress=False)
+    data = posterior.to_arviz(texts, draws=30)
+    assert groups(data) == {"posterior", "prior", "sample_stats", "log_likelihood", "observed_data"}
+    tokens = data["observed_data"]["tokens"]
+    assert tokens.dims == ("observation", "token")
+    for row, ids in zip(tiny_texts(6), tokens.values, strict=True):
+        assert tokenizer.decode(ids[ids != -100]) == row["text"]
+    scored = data["log_likelihood"]["text"]
+    assert scored.dims == ("chain", "draw", "observation")
+    prediction = lb.predict(posterior, texts, draws=30)
+    np.testing.assert_allclose(scored.values[0], prediction.token_log_probs.sum(-1).numpy(), rtol=1e-4)
+    loo = az.loo(data)
+    assert np.isfinite(float(loo.elpd_loo if hasattr(loo, "elpd_loo") else loo.elpd))
+
+
+def test_choices_are_observations():
+    items = lb.data.Choices(tiny_items(12), tiny_tokenizer(), batch_size=5, by_length=True)
+    model = lb.BayesianLoRA(
+        MeanPoolClassifier(tiny_bert().bert, 1), lb.LoRAXS(2), likelihood=lb.likelihoods.MultipleChoice()
+    )
+    posterior = lb.fit(model, items, guide=lb.guides.Diagonal(), steps=2, progress=False)
+    data = posterior.to_arviz(items, draws=50)
+    np.testing.assert_array_equal(data["observed_data"]["labels"].values, tiny_items(12)["label"])
+    log_probs = lb.predict(posterior, items, draws=50).logits.log_softmax(-1).numpy()
+    right = log_probs[:, np.arange(12), tiny_items(12)["label"]]
+    np.testing.assert_allclose(data["log_likelihood"]["labels"].values[0], right, rtol=1e-4)
+    drawn = data["posterior_predictive"]["labels"]
+    assert drawn.dims == ("chain", "draw", "observation")
+    assert drawn.shape == (1, 50, 12)
+    assert set(np.unique(drawn.values)) == {0, 1, 2}
+
+
 def test_several_sites_and_a_bayesian_head():
     data = fit(lb.LoRA(2, "all-linear"), head="bayesian").to_arviz(draws=3)
     assert data["posterior"]["B_24"].dims == ("chain", "draw", "module_B_24", "row_B_24", "col_B_24")
@@ -77,17 +118,21 @@ def test_arviz_reads_it(tmp_path):
 
 
 def test_leave_one_out_densities_as_arviz_has_them():
-    elpd, k_hat = np.random.default_rng(0).normal(-1, 0.3, 30), np.linspace(-0.1, 0.9, 30)
-    data, worse = elpd_data(elpd, k_hat), elpd_data(elpd - 0.1, k_hat)
+    elpd, k_hat = np.random.default_rng(0).normal(-1, 0.3, 30), np.linspace(-0.1, 0.65, 30)
+    loo = lambda elpd, draws: LOO(torch.as_tensor(elpd), torch.as_tensor(k_hat), draws)
+    data, worse = elpd_data(loo(elpd, 50)), elpd_data(loo(elpd - 0.1, 50))
     total = data.elpd if arviz_1() else data.elpd_loo
     assert total == pytest.approx(elpd.sum())
     assert data.se == pytest.approx(30**0.5 * elpd.std())
-    assert data.warning
+    assert data.good_k == pytest.approx(1 - 1 / np.log10(50))
+    assert data.warning  # 0.65 is too much for 50 draws
+    assert not elpd_data(loo(elpd, 5000)).warning
     np.testing.assert_array_equal(data.pareto_k.values, k_hat)
     table = az.compare({"worse": worse, "better": data})
     assert table.index.tolist() == ["better", "worse"]
     assert abs(table.loc["worse", "elpd_diff"]) == pytest.approx(3.0, abs=0.01)
     assert "30 observations" in str(data)
+    assert "50 posterior samples" in str(data)
 
 
 def test_draws_of_chains_stay_in_their_chains():

@@ -1,5 +1,7 @@
 """ArviZ's plots of posteriors, on whichever line of ArviZ is installed."""
 
+import math
+
 import matplotlib
 import numpy as np
 import pytest
@@ -130,14 +132,15 @@ def test_a_point_has_no_pairs():
 # --- k-hat
 
 
-def test_k_hat_has_a_point_per_row():
+@pytest.mark.parametrize(("draws", "limit"), [(5000, 0.7), (200, 1 - 1 / math.log10(200))])
+def test_k_hat_has_a_point_per_row_and_the_limit_of_its_draws(draws, limit):
     k_hat = torch.linspace(-0.2, 1.1, 30)
-    figure = arviz_plots.k_hat(LOO(torch.zeros(30), k_hat, 5000))
+    figure = arviz_plots.k_hat(LOO(torch.zeros(30), k_hat, draws))
     drawn = points(figure)
     np.testing.assert_allclose(drawn[np.argsort(drawn[:, 0]), 1], k_hat, rtol=1e-6)
     levels = [line.get_ydata()[0] for line in figure.axes[0].lines]
     levels += [path[0, 1] for lines in figure.findobj(LineCollection) for path in lines.get_segments()]
-    assert any(level == pytest.approx(0.7) for level in levels)
+    assert any(level == pytest.approx(limit) for level in levels)
 
 
 def test_unknown_k_hat_has_no_point_and_none_at_all_no_picture():
