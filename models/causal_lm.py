@@ -1,6 +1,8 @@
 """Fine-tune a causal language model on texts, compare a posterior with the point, and write with uncertainty.
 
 python models/causal_lm.py --base gpt2 --data roneneldan/TinyStories --prompt "One day"
+
+Under `torchrun --nproc-per-node 4 ...` or `accelerate launch ...` the processes share the rows of every batch.
 """
 
 from __future__ import annotations
@@ -8,8 +10,11 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+import torch
+from loading import from_hub, tokenizer_of
+from processes import Processes
 from sequence_classification import load_splits
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 import pyro_lrblora as lb
 
@@ -21,6 +26,7 @@ def main() -> None:
     parser.add_argument("--text", default="text", help="column of texts")
     parser.add_argument("--prompt-column", help="column of prompts, which are read but not scored")
     parser.add_argument("--prompt", nargs="+", default=["One day"], help="to be continued")
+    parser.add_argument("--new-tokens", type=int, default=32, help="written after each prompt, at most")
     parser.add_argument("--guides", nargs="+", default=["Delta", "LowRankPrecision"])
     parser.add_argument("--prior-scale", type=float, default=0.1)
     parser.add_argument("--projection", default="Gradient", choices=["SVD", "WhitenedSVD", "Gradient", "Random"])
@@ -35,14 +41,14 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--draws", type=int, default=10)
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
 
-    tokenizer = AutoTokenizer.from_pretrained(args.base)
-    network = AutoModelForCausalLM.from_pretrained(args.base, dtype=args.dtype)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    processes, tokenizer = Processes(args.device), tokenizer_of(args.base)
+    with from_hub(args.base, "--base"):
+        network = AutoModelForCausalLM.from_pretrained(args.base, dtype=args.dtype).to(args.device)
     splits = load_splits(args.data, args.rows, args.validation_rows, args.test_rows, args.seed)
     train, validation, test = (
         lb.data.Texts(
@@ -55,7 +61,8 @@ def main() -> None:
     model = lb.BayesianLoRA(
         network, adapter, lb.priors.Normal(args.prior_scale), lb.likelihoods.NextToken(), tokenizer=tokenizer
     ).prepare(train)
-    print(f"{len(model.modules)} adapted modules, {model.sites.size} latents, {train.rows} texts")
+    if processes.first:
+        print(f"{len(model.modules)} adapted modules, {model.sites.size} latents, {train.rows} texts")
     untrained = lb.fit(model, train, guide=lb.guides.Delta(), steps=1, rates=lb.Rates(0, 0, 0, 0), progress=False)
     posteriors = {"base": untrained} | {
         name: lb.fit(
@@ -63,17 +70,18 @@ def main() -> None:
         )
         for name in args.guides
     }
+    processes.part()
     table = lb.compare(posteriors, test, train=train, draws=args.draws)
     print(table)
     last = posteriors[args.guides[-1]]
-    written = lb.generate(last, args.prompt, draws=args.draws)
+    if args.out:
+        last.save(args.out)
+        table.to_csv(args.out / "table.csv")
+    written = lb.generate(last, args.prompt, draws=args.draws, max_new_tokens=args.new_tokens)
     for prompt, text, entropy, model_part in zip(
         args.prompt, written.texts, written.sequence_entropy, written.sequence_mutual_information, strict=True
     ):
         print(f"\n{prompt} | {text}\n  {entropy:.3f} nats per token, {model_part:.3f} of them the model's")
-    if args.out:
-        last.save(args.out)
-        table.to_csv(args.out / "table.csv")
 
 
 if __name__ == "__main__":

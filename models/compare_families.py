@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -73,6 +74,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("grid"))
     args = parser.parse_args()
+    if int(os.environ.get("WORLD_SIZE") or 1) > 1:
+        parser.error("expected one process, for not every family can share its work, got several; write python")
     families = families_of(args)
     if args.list:
         print(*families, sep="\n")

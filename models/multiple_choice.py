@@ -2,15 +2,22 @@
 
 python models/multiple_choice.py --base builtin --data FOLDER
 python models/multiple_choice.py --base meta-llama/Llama-2-7b-hf --form letter --data allenai/ai2_arc:ARC-Easy
+
+Under `torchrun --nproc-per-node 4 ...` or `accelerate launch ...` the processes share the rows of every batch.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from pathlib import Path
 
+import datasets
+import torch
+from loading import from_hub, tokenizer_of
+from processes import Processes
 from sequence_classification import load_splits
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMultipleChoice, AutoTokenizer
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMultipleChoice
 
 import pyro_lrblora as lb
 from pyro_lrblora.networks import AnswerScorer, MeanPoolClassifier, builtin_base
@@ -23,16 +30,16 @@ def load(base: str, form: str, mean_pool: bool, dtype: str, choices: int):
         if base == "builtin":
             network, tokenizer = builtin_base(num_labels=1)
             return network, tokenizer, likelihood, lb.data.Choices
-        tokenizer = AutoTokenizer.from_pretrained(base)
-        if mean_pool:
-            network = MeanPoolClassifier(AutoModel.from_pretrained(base, dtype=dtype), 1)
-        else:
-            network = AutoModelForMultipleChoice.from_pretrained(base, dtype=dtype)
+        tokenizer = tokenizer_of(base)
+        with from_hub(base, "--base"):
+            if mean_pool:
+                network = MeanPoolClassifier(AutoModel.from_pretrained(base, dtype=dtype), 1)
+            else:
+                network = AutoModelForMultipleChoice.from_pretrained(base, dtype=dtype)
         return network, tokenizer, likelihood, lb.data.Choices
-    tokenizer = AutoTokenizer.from_pretrained(base)
-    network = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    tokenizer = tokenizer_of(base)
+    with from_hub(base, "--base"):
+        network = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
     if form == "answer":
         batches = lambda *args, **options: lb.data.Choices(*args, pair=False, **options)
         return AnswerScorer(network, per_token=True), tokenizer, likelihood, batches
@@ -46,6 +53,22 @@ def letters_of(tokenizer, choices: int) -> tuple[int, ...]:
         return lb.likelihoods.letter_tokens(tokenizer, choices)
     except ValueError:
         return lb.likelihoods.letter_tokens(tokenizer, choices, prefix="")
+
+
+def science(row: Mapping, question: str = "question") -> dict:
+    """A row of ARC, OpenBookQA or CommonsenseQA; the hub has choices with their letters, and the answer's letter."""
+    choices, label = row["choices"], row.get("label")
+    if isinstance(choices, Mapping):
+        choices, label = choices["text"], choices["label"].index(row["answerKey"])
+    return {"question": row.get(question) or row["question_stem"], "choices": list(choices), "label": label}
+
+
+def items_of(rows: datasets.Dataset, question: str) -> datasets.Dataset:
+    """Rows with a list of choices and the index of the right one, as lb.data takes them, whatever they came as."""
+    if len(rows) == 0 or not isinstance(rows[0]["choices"], Mapping):
+        return rows
+    items = rows.map(lambda row: science(row, question), remove_columns=rows.column_names)
+    return items if question == "question" else items.rename_column("question", question)
 
 
 def main() -> None:
@@ -70,26 +93,31 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--draws", type=int, default=10)
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
 
+    processes = Processes(args.device)
     network, tokenizer, likelihood, form = load(args.base, args.form, args.mean_pool, args.dtype, args.choices)
+    network.to(args.device)
     splits = load_splits(args.data, args.rows, args.validation_rows, args.test_rows, args.seed)
-    splits = [rows.filter(lambda row: len(row["choices"]) == args.choices) for rows in splits]
+    splits = [items_of(rows, args.question).filter(lambda row: len(row["choices"]) == args.choices) for rows in splits]
     how = {"question": args.question, "batch_size": args.batch_size, "max_length": args.max_length}
     train = form(splits[0], tokenizer, shuffle=args.seed, **how)
     validation, test = (form(rows, tokenizer, by_length=True, **how) for rows in splits[1:])
     adapter = lb.LoRAXS(args.rank, getattr(lb.projections, args.projection)(), args.targets, args.layers)
     model = lb.BayesianLoRA(network, adapter, lb.priors.Normal(args.prior_scale), likelihood, tokenizer=tokenizer)
     model = model.prepare(train)
-    print(f"{len(model.modules)} adapted modules, {model.sites.size} latents, {train.rows} items")
+    if processes.first:
+        print(f"{len(model.modules)} adapted modules, {model.sites.size} latents, {train.rows} items")
     posteriors = {
         name: lb.fit(
             model, train, validation=validation, guide=getattr(lb.guides, name)(), epochs=args.epochs, seed=args.seed
         )
         for name in args.guides
     }
+    processes.part()
     table = lb.compare(posteriors, test, train=train, validation=validation, draws=args.draws)
     print(table)
     if args.out:

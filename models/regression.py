@@ -1,6 +1,8 @@
 """Predict a number for each text or pair of texts, with its noise.
 
 python models/regression.py --data FOLDER --text premise hypothesis --label entropy
+
+Under `torchrun --nproc-per-node 4 ...` or `accelerate launch ...` the processes share the rows of every batch.
 """
 
 from __future__ import annotations
@@ -8,6 +10,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+import torch
+from processes import Processes
 from sequence_classification import load_base, load_splits
 
 import pyro_lrblora as lb
@@ -35,12 +39,15 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--draws", type=int, default=10)
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
 
+    processes = Processes(args.device)
     splits = load_splits(args.data, args.rows, args.validation_rows, args.test_rows, args.seed)
     network, tokenizer = load_base(args.base, 2 if args.noise is None else 1, args.mean_pool, args.dtype)
+    network.to(args.device)
     text = args.text if len(args.text) > 1 else args.text[0]
     train, validation, test = (
         lb.Batches(rows, tokenizer, text=text, label=args.label, shuffle=shuffle, by_length=shuffle is None)
@@ -50,13 +57,15 @@ def main() -> None:
     likelihood = lb.likelihoods.Gaussian(args.noise)
     model = lb.BayesianLoRA(network, adapter, lb.priors.Normal(args.prior_scale), likelihood, tokenizer=tokenizer)
     model = model.prepare(train)
-    print(f"{len(model.modules)} adapted modules, {model.sites.size} latents, {train.rows} rows")
+    if processes.first:
+        print(f"{len(model.modules)} adapted modules, {model.sites.size} latents, {train.rows} rows")
     posteriors = {
         name: lb.fit(
             model, train, validation=validation, guide=getattr(lb.guides, name)(), epochs=args.epochs, seed=args.seed
         )
         for name in args.guides
     }
+    processes.part()
     table = lb.compare(posteriors, test, train=train, draws=args.draws)
     constant = (test.labels.double() - train.labels.double().mean()).square().mean().sqrt()
     print(f"RMSE of the mean of all training labels: {constant:.3f}")

@@ -50,7 +50,7 @@ class Runs:
             begun = time.perf_counter()
             try:
                 rows = make(settings)
-            except Exception as error:  # whatever it is, the other runs are worth having
+            except (Exception, SystemExit) as error:  # whatever it is, the other runs are worth having
                 failed += 1
                 print(f"{about}: failed, {type(error).__name__}: {error}", flush=True)
                 continue

@@ -8,12 +8,13 @@ Under `torchrun --nproc-per-node 4 ...` or `accelerate launch ...` the processes
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import datasets
-from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, AutoTokenizer
+from loading import from_hub, tokenizer_of
+from processes import Processes
+from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
 
 import pyro_lrblora as lb
 from pyro_lrblora.networks import MeanPoolClassifier, builtin_base
@@ -25,7 +26,8 @@ def read_splits(source: str) -> dict[str, datasets.Dataset]:
         files = {path.stem: str(path) for path in sorted(Path(source).glob("*.parquet"))}
         return {name: datasets.load_dataset("parquet", data_files=path, split="train") for name, path in files.items()}
     path, _, name = source.partition(":")
-    return dict(datasets.load_dataset(path, name or None))
+    with from_hub(path, "--data"):
+        return dict(datasets.load_dataset(path, name or None))
 
 
 def load_splits(
@@ -44,26 +46,31 @@ def load_splits(
     trained_on = next((name for name in splits if name.startswith("train")), next(iter(splits)))
     everything = splits.pop(trained_on).shuffle(seed=seed)
     held = by_prefix(*held_out)
-    unlabelled = held is not None and "label" in held.column_names and min(held["label"][:50]) < 0
-    if held is None or unlabelled:
+    if held is None or _unlabelled(held):
         held = by_prefix("validation") or everything.select(range(len(everything) - test, len(everything)))
-    pick = lambda start, count: everything.select(range(start, min(start + count, len(everything))))
+    # datasets refuses an empty range that begins at the end.
+    pick = lambda start, count: everything.select(range(start, min(start + count, len(everything))) or [])
     return pick(0, rows), pick(rows, validation), held.select(range(min(test, len(held))))
+
+
+def _unlabelled(rows: datasets.Dataset) -> bool:
+    """Whether the labels are kept back, as those of many test splits are."""
+    first = lambda column: rows[column][:50] if column in rows.column_names else []
+    return min(first("label"), default=0) < 0 or "" in first("answerKey")
 
 
 def load_base(name: str, classes: int, mean_pool: bool, dtype: str):
     """A classifier on a pretrained base, and its tokenizer."""
     if name == "builtin":
         return builtin_base(classes)
-    tokenizer = AutoTokenizer.from_pretrained(name)
-    if mean_pool:
-        return MeanPoolClassifier(AutoModel.from_pretrained(name, dtype=dtype), classes), tokenizer
-    config = AutoConfig.from_pretrained(name, num_labels=classes)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    if config.pad_token_id is None:
-        config.pad_token_id = tokenizer.pad_token_id
-    return AutoModelForSequenceClassification.from_pretrained(name, config=config, dtype=dtype), tokenizer
+    tokenizer = tokenizer_of(name)
+    with from_hub(name, "--base"):
+        if mean_pool:
+            return MeanPoolClassifier(AutoModel.from_pretrained(name, dtype=dtype), classes), tokenizer
+        config = AutoConfig.from_pretrained(name, num_labels=classes)
+        if config.pad_token_id is None:
+            config.pad_token_id = tokenizer.pad_token_id
+        return AutoModelForSequenceClassification.from_pretrained(name, config=config, dtype=dtype), tokenizer
 
 
 def main() -> None:
@@ -99,12 +106,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.resume and args.checkpoint is None:
         parser.error("expected --checkpoint FOLDER with --resume")
-    group = None
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        import accelerate
-
-        group = accelerate.PartialState(cpu=args.device == "cpu")
-
+    processes = Processes(args.device)
     train, validation, test = load_splits(args.data, args.rows, 300, args.test_rows, args.seed)
     network, tokenizer = load_base(args.base, max(train["label"]) + 1, args.mean_pool, args.dtype)
     where = {"rank": args.rank, "targets": args.targets, "layers": args.layers}
@@ -123,11 +125,7 @@ def main() -> None:
         seed=args.seed,
         **{"resume_from" if args.resume else "checkpoint": args.checkpoint},
     )
-    if group is not None:
-        first = group.is_main_process
-        group.destroy_process_group()
-        if not first:
-            return
+    processes.part()
     table = lb.compare({args.guide: posterior}, test, validation=validation, draws=args.draws)
     print(posterior, table.T.to_string(float_format="{:.4f}".format), sep="\n")
     if args.out:

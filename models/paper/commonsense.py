@@ -27,12 +27,12 @@ from pathlib import Path
 
 import datasets
 import torch
-from transformers import AutoTokenizer
 
 import pyro_lrblora as lb
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
-from multiple_choice import letters_of, load
+from loading import tokenizer_of
+from multiple_choice import letters_of, load, science
 from runs import Runs, printed, scores
 from sequence_classification import read_splits
 
@@ -115,14 +115,6 @@ class Task:
     choices: int
     item: Callable[[Mapping], dict]
     template: str
-
-
-def science(row: Mapping) -> dict:
-    """ARC and OpenBookQA; on the hub the choices come with their letters, and the label is one."""
-    choices, label = row["choices"], row.get("label")
-    if isinstance(choices, Mapping):
-        choices, label = choices["text"], choices["label"].index(row["answerKey"])
-    return {"question": row.get("question") or row["question_stem"], "choices": list(choices), "label": label}
 
 
 def winogrande(row: Mapping) -> dict:
@@ -214,7 +206,7 @@ def form_of(args: argparse.Namespace, choices: int) -> str:
     """Letters, or the answers' own tokens where asked for or where letters are not tokens of the vocabulary."""
     if args.form == "letter":
         try:
-            letters_of(AutoTokenizer.from_pretrained(args.base), choices)
+            letters_of(tokenizer_of(args.base), choices)
         except ValueError as error:
             print(f"the answers' own tokens are scored, for letters cannot be: {error}", flush=True)
             return "answer"
