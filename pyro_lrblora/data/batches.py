@@ -169,8 +169,8 @@ class _GivenBatches:
                 raise TypeError(f"expected batches to be dicts of tensors, got {type(batch).__name__}")
             sizes.append(batch_rows(batch))
             labels.append(batch.get("labels"))
-            tokens = [batch[name] for name in ("input_ids", "decoder_input_ids") if name in batch]
-            self.longest = max([self.longest, *(ids.shape[-1] for ids in tokens)])
+            tokens = [batch.get(name) for name in ("input_ids", "decoder_input_ids")]
+            self.longest = max([self.longest, *(ids.shape[-1] for ids in tokens if isinstance(ids, Tensor))])
             self.for_decoder |= "decoder_input_ids" in batch
         if not sizes:
             raise ValueError("expected at least one batch of data, got none")
