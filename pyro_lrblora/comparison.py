@@ -102,7 +102,7 @@ def compare(
     for name in losses[best]:
         differences = {row: each[name] - losses[best][name] for row, each in losses.items()}
         table[f"{name} - best"] = {row: each.mean() for row, each in differences.items()}
-        table[f"{name} - best SE"] = {row: each.std(ddof=1) / len(each) ** 0.5 for row, each in differences.items()}
+        table[f"{name} - best SE"] = {row: metrics.standard_error(each) for row, each in differences.items()}
     table = Comparison(table[_ordered(table)])
     table.attrs["notes"] = [f"{', '.join(names)}: {note}" if names else note for note, names in notes.items()]
     return table

@@ -15,6 +15,7 @@ from .arviz_io import psis
 from .data import as_batches
 from .guides.draws import DrawsGuide
 from .guides.ensemble import EnsembleGuide
+from .metrics import standard_error
 from .posterior import Posterior, local_parameters
 from .predictive import folding, outputs_at
 
@@ -148,7 +149,7 @@ class Importance:
     def elbo(self) -> Estimate:
         """The mean of the log weights."""
         weights = self.log_weights
-        return Estimate(float(weights.mean()), _standard_error(weights))
+        return Estimate(float(weights.mean()), standard_error(weights))
 
     @property
     def iwae(self) -> Estimate:
@@ -158,7 +159,7 @@ class Importance:
         """
         weights = self.log_weights
         value = weights.logsumexp(0) - math.log(len(weights))
-        return Estimate(float(value), _standard_error((weights - value).exp()))
+        return Estimate(float(value), standard_error((weights - value).exp()))
 
     @property
     def log_evidence(self) -> Estimate:
@@ -170,7 +171,7 @@ class Importance:
         weights, (smoothed, _) = self.log_weights, self._smoothed
         lowest = weights.argmin()  # smoothing leaves it alone, so that it tells what normalising divided by
         value = weights[lowest] - smoothed[lowest] - math.log(len(weights))
-        return Estimate(float(value), _standard_error((smoothed + math.log(len(weights))).exp()))
+        return Estimate(float(value), standard_error((smoothed + math.log(len(weights))).exp()))
 
     @property
     def k_hat(self) -> float:
@@ -312,7 +313,3 @@ def _prior_trace(model, values: Mapping[str, Tensor], number: int) -> poutine.Tr
     """The prior program at one of the draws."""
     at = {name: value[number] for name, value in values.items()}
     return poutine.trace(poutine.condition(model.sample_prior, at)).get_trace()
-
-
-def _standard_error(values: Tensor) -> float:
-    return float(values.std() / len(values) ** 0.5) if len(values) > 1 else math.nan

@@ -159,6 +159,12 @@ def false_positive_rate(scores: Array, positive: Array, recall: float = 0.95) ->
     return float(false[np.argmax(true >= recall * true[-1])] / false[-1])
 
 
+def standard_error(values: Array) -> float:
+    """Of the mean of independent values (N,); NaN of one alone."""
+    values = np.asarray(values, dtype=float)
+    return float(values.std(ddof=1) / len(values) ** 0.5) if len(values) > 1 else float("nan")
+
+
 def bootstrap(
     metric: Callable[[np.ndarray, np.ndarray], float],
     probs: Array,

@@ -15,6 +15,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from .formatting import shown
 from .posterior import Posterior
 from .storage import FILES, describe, load, save
 
@@ -262,12 +263,9 @@ def _cell(value) -> str:
 
 
 def _scores(comparison: pd.DataFrame) -> str:
-    def shown(value) -> str:
-        if isinstance(value, str):
-            return value
-        return "" if pd.isna(value) else f"{value:.3f}".removesuffix(".000")
-
-    table = pd.DataFrame(comparison).dropna(axis=1, how="all").map(shown)
+    # A count stands in a column of floats where another row lacks it.
+    written = lambda value: shown(value).removesuffix(".000")
+    table = pd.DataFrame(comparison).dropna(axis=1, how="all").map(written)
     table.index = [str(name).replace("|", "\\|") for name in table.index]
     sides = ["left", *["right"] * table.shape[1]]
     notes = "\n".join(f"- {note}" for note in comparison.attrs.get("notes", []))

@@ -5,6 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import stats
 from sklearn.calibration import calibration_curve
 from sklearn.metrics import accuracy_score, brier_score_loss, log_loss
 
@@ -139,3 +140,9 @@ def test_bad_options():
         metrics.ece(probs, labels, kind="adaptive")
     with pytest.raises(ValueError, match="level"):
         metrics.bootstrap(metrics.nll, probs, labels, level=95)
+
+
+def test_the_standard_error_of_a_mean_is_that_of_scipy_and_one_value_has_none():
+    values = np.random.default_rng(0).normal(size=30)
+    assert metrics.standard_error(torch.from_numpy(values)) == pytest.approx(stats.sem(values))
+    assert np.isnan(metrics.standard_error(values[:1]))

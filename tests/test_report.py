@@ -12,7 +12,7 @@ from test_evidence import exact, posterior_at
 import pyro_lrblora as lb
 from pyro_lrblora.diagnostics import calibration, structure
 from pyro_lrblora.evidence import importance
-from pyro_lrblora.report.document import shown
+from pyro_lrblora.formatting import shown
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

@@ -11,6 +11,7 @@ from browser import browser, emulate
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pyro_lrblora.formatting import shown
 from pyro_lrblora.plots.canvas import BLUE, canvas
 from pyro_lrblora.report import html
 from pyro_lrblora.report.document import (
@@ -24,7 +25,6 @@ from pyro_lrblora.report.document import (
     Text,
     Verdict,
     Verdicts,
-    shown,
 )
 from pyro_lrblora.report.html import to_html
 from pyro_lrblora.report.markdown import to_markdown

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 import pyro_lrblora as lb
 from pyro_lrblora.diagnostics.reference import against_reference
-from pyro_lrblora.diagnostics.structure import _effective_rank, _from_draws, structure
+from pyro_lrblora.diagnostics.structure import _from_draws, effective_rank, structure
 from pyro_lrblora.evidence import importance
 from pyro_lrblora.guides.draws import Draws, DrawsGuide
 
@@ -82,8 +82,8 @@ def test_the_update_s_spectrum_is_that_of_w(problem):
 
 def test_few_draws_of_many_dimensions_do_not_lower_the_effective_rank():
     values = _from_draws((x := torch.randn(100, 300).double()) - x.mean(0))
-    assert _effective_rank(values, 100) == pytest.approx(300, rel=0.1)
-    assert _effective_rank(values, None) < 100
+    assert effective_rank(values, 100) == pytest.approx(300, rel=0.1)
+    assert effective_rank(values, None) < 100
 
 
 def test_a_point_has_no_variance_and_two_sites_per_module_work():

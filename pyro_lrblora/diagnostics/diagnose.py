@@ -13,6 +13,7 @@ import pandas as pd
 from .. import metrics
 from ..data import as_batches
 from ..evidence import check_fitted_rows, importance, psis_loo, why_no_density
+from ..formatting import brief
 from ..guides.draws import DrawsGuide
 from ..guides.ensemble import EnsembleGuide
 from ..guides.mixture import MixtureGuide
@@ -131,18 +132,13 @@ class Diagnosis:
             if check.part != part:
                 part = check.part
                 lines.append(f"\n{part}" if lines else part)
-            value = "" if check.value is None else shown(check.value)
+            value = "" if check.value is None else brief(check.value)
             held = f" ({check.threshold})" if check.threshold and value else ""
             lines.append(f"  [{check.verdict}] {check.check}{': ' if value else ''}{value}{held}")
             words = f"{check.meaning} {check.advice}".strip() if check.verdict != "good" else check.meaning
             lines += textwrap.wrap(words, 112, initial_indent="      ", subsequent_indent="      ")
         tally = ", ".join(f"{count} {verdict}" for verdict, count in self.tally.items() if count)
         return "\n".join([*lines, "", tally])
-
-
-def shown(value: float | str) -> str:
-    """A value as the printed table has it."""
-    return value if isinstance(value, str) else f"{value:.3g}"
 
 
 def _evidence(posterior: Posterior, train, draws: int, seed: int) -> dict:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from ..metrics import Array
+from ..metrics import Array, standard_error
 
 
 def against_votes(probs: Array, votes: Array, simulations: int = 100, seed: int = 0) -> HumanAgreement:
@@ -70,12 +70,10 @@ class HumanAgreement:
         """A row per measure, with its mean over rows, the standard error of that, and the value of a perfect model."""
         names = ["kl", "js", "total_variation", "majority", "vote_share"]
         values = {name: np.asarray(getattr(self, name), dtype=float) for name in names}
-        rows = len(self.kl)
-        error = lambda v: v.std(ddof=1) / np.sqrt(rows) if rows > 1 else np.nan
         return pd.DataFrame(
             {
                 "mean": {name: v.mean() for name, v in values.items()},
-                "SE": {name: error(v) for name, v in values.items()},
+                "SE": {name: standard_error(v) for name, v in values.items()},
                 "perfect": self.perfect,
             }
         )

@@ -13,7 +13,7 @@ from ..guides.draws import DrawsGuide
 from ..guides.full_rank import FullRankGuide
 from ..posterior import Posterior, local_parameters
 from ..priors import prior_variance
-from .structure import _effective_rank
+from .structure import effective_rank
 
 _MOST = 4096  # latents, whose covariance is decomposed whole
 _PER_LATENT = 4  # draws of each, below which the inverse of a sample covariance is mostly noise
@@ -109,7 +109,7 @@ def _row(values: Tensor, draws: int | None) -> dict[str, float]:
     total = values.sum()
     shares = (values / total).cumsum(0) if total > 0 else torch.full_like(values, torch.nan)
     return {
-        "effective rank": _effective_rank(values, draws),
+        "effective rank": effective_rank(values, draws),
         "latents": len(values),
         "first direction": float(shares[0]),
         "first eight": float(shares[min(8, len(values)) - 1]),

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..guides.draws import DrawsGuide
-from ..infer.start import _same_subspace
+from ..infer.start import same_tensors
 from ..posterior import Posterior
 from ..predictive import predict
 
@@ -176,13 +176,13 @@ def _check(posterior: Posterior, reference: Posterior, projections: int) -> None
         raise ValueError(f"expected projections >= 1, got projections={projections}")
     if reference.is_point:
         raise ValueError("expected a reference with spread, got a point; write against_reference(point, reference)")
-    if not _same_subspace(posterior.model.adapted.tensors(), reference.model.adapted.tensors()):
+    if not same_tensors(posterior.model.adapted.tensors(), reference.model.adapted.tensors()):
         raise ValueError(
             "expected posterior and reference in the same subspace, got other A and B; fit both from one "
             "model.prepare(train)"
         )
     heads = [_head(each) for each in (posterior, reference)]
-    if not _same_subspace(*heads):
+    if not same_tensors(*heads):
         kinds = [f"{each.model.head!r} head, {sorted(head)} fixed" for each, head in zip((posterior, reference), heads)]  # noqa: B905
         raise ValueError(
             f"expected posterior and reference with the same head, got {kinds[0]} and {kinds[1]}, or other values; "

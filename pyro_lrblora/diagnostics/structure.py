@@ -82,7 +82,7 @@ def structure(posterior: Posterior, draws: int = 500, seed: int = 0) -> Structur
         whitened=spectrum(one).numpy(),
         induced=induced[: min(len(prior), len(induced) - 1)].numpy(),
         variance=variance,
-        effective_rank=_effective_rank(eigenvalues, None if whole else draws),
+        effective_rank=effective_rank(eigenvalues, None if whole else draws),
         modules=table,
         correlation=_correlation(model, dense, centred),
         kl=kl,
@@ -153,7 +153,7 @@ def _from_draws(centred: Tensor) -> Tensor:
     return _eigenvalues(centred @ centred.T / (len(centred) - 1))[:-1]
 
 
-def _effective_rank(eigenvalues: Tensor, draws: int | None) -> float:
+def effective_rank(eigenvalues: Tensor, draws: int | None) -> float:
     """tr(C)^2 / tr(C^2), of eigenvalues, or of a sample's with the bias of its S draws taken out."""
     trace, square = eigenvalues.sum(), eigenvalues.square().sum()
     if trace <= 0:
@@ -244,7 +244,7 @@ def _modules(posterior, blocks, prior, mean, drawn: int | None, notes: list[str]
             "posterior sd": float(variance.mean()) ** 0.5,
             "contraction": float(1 - variance.sum() / own.sum()),
             "effective parameters": float((1 - variance / own).sum()),
-            "effective rank": float("nan") if block is None else _effective_rank(_eigenvalues(block), drawn),
+            "effective rank": float("nan") if block is None else effective_rank(_eigenvalues(block), drawn),
             "KL (nats)": kl,
         }
     table = pd.DataFrame.from_dict(rows, orient="index").rename_axis("module")

@@ -105,8 +105,8 @@ def _loo(f: Findings):
     if prediction is None or prediction.labels is None:
         yield "LOO per row (nats)", mean, "", "good", "Expected log predictive density of a row left out.", ""
         return
-    scores = -_log_scores(prediction)
-    test, error = float(scores.mean()), _standard_error(scores)
+    scores = -prediction.losses()["NLL"]
+    test, error = float(scores.mean()), _error(scores)
     off = abs(mean - test)
     error = float(np.hypot(error, f.loo.total.standard_error / rows))
     verdict = "good" if off <= 2 * error + 0.01 or not np.isfinite(error) else "warning"
@@ -182,14 +182,14 @@ def _against_simple(f: Findings):
         reason = f.missing.get("prediction") or f.missing["calibration"]
         yield _unknown("NLL", reason)
         return
-    labels, losses = np.asarray(p.labels), _log_scores(p)
+    labels, losses = np.asarray(p.labels), p.losses()["NLL"]
     shares = np.bincount(labels, minlength=p.probs.shape[1]) / len(labels)
     value, base = float(losses.mean()), float(-np.log(shares[labels]).mean())
     if base == 0:
         yield _unknown("NLL", "the test rows have one class only: there is nothing to tell apart")
     else:
         # What does not depend on the text at all is below its own label shares by chance every other time.
-        limit = base - 2 * _standard_error(losses + np.log(shares[labels]))
+        limit = base - 2 * _error(losses + np.log(shares[labels]))
         verdict = "good" if value < limit else "warning" if value < base else "bad"
         yield (
             "NLL (nats per row)", value, f"< {limit:.3f}", verdict,
@@ -200,8 +200,8 @@ def _against_simple(f: Findings):
     if f.at_mean is None:
         yield _unknown("NLL - NLL of the posterior mean", f.missing["at_mean"])
         return
-    difference = losses - _log_scores(f.at_mean)
-    gain, error = float(difference.mean()), _standard_error(difference)
+    difference = losses - f.at_mean.losses()["NLL"]
+    gain, error = float(difference.mean()), _error(difference)
     limit = max(2 * error, WORTH)
     verdict = "warning" if gain > limit else "good"
     word = "better" if gain < 0 else "worse"
@@ -296,12 +296,6 @@ def _advice(text: str, verdict: str) -> str:
     return "" if verdict == "good" or text in ("", "nothing") else _sentence(text)
 
 
-def _log_scores(prediction) -> np.ndarray:
-    """(N,) negative log probability of the label."""
-    probs = np.asarray(prediction.probs, dtype=float)
-    return -np.log(np.maximum(probs[np.arange(len(probs)), np.asarray(prediction.labels)], 1e-30))
-
-
-def _standard_error(values: np.ndarray) -> float:
-    """Of the mean; 0 of one row, which has none."""
-    return float(values.std(ddof=1) / len(values) ** 0.5) if len(values) > 1 else 0.0
+def _error(values: np.ndarray) -> float:
+    """Of the mean; 0 of one row, so that a limit made of it stays a number."""
+    return float(np.nan_to_num(metrics.standard_error(values)))

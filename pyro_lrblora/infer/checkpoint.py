@@ -18,7 +18,7 @@ from ..data import EncodedBatches
 from ..model import BayesianLoRA
 from ..posterior import Posterior
 from .progress import states, under
-from .start import _same_subspace, in_same_subspace
+from .start import in_same_subspace, same_tensors
 
 _FORMAT = "pyro_lrblora fit, version 1"
 _PROBES = 16  # values of every base parameter that tell one base from another
@@ -60,7 +60,7 @@ class Checkpoint:
             ValueError: the model was prepared in another subspace.
         """
         new = in_same_subspace(model, under("subspace.", self.tensors), self.values["subspace"], train.rows, tokenizer)
-        if model.prepared and not _same_subspace(model.adapted.tensors(), new.adapted.tensors()):
+        if model.prepared and not same_tensors(model.adapted.tensors(), new.adapted.tensors()):
             raise ValueError(
                 f"expected a model in the subspace of {self.path}, got one prepared in another; give the model as it "
                 "was before prepare()"

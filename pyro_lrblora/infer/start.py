@@ -23,7 +23,7 @@ def in_subspace(model: BayesianLoRA, init: Posterior | None, train, tokenizer) -
     """A copy for this fit alone: prepared, of the data's size, its head at the start."""
     same_task = False
     if init is not None:
-        if model.prepared and not _same_subspace(model.adapted.tensors(), init.model.adapted.tensors()):
+        if model.prepared and not same_tensors(model.adapted.tensors(), init.model.adapted.tensors()):
             raise ValueError(
                 "expected init= to be fitted in the same subspace, got another; fit both from one model.prepare(train)"
             )
@@ -85,7 +85,7 @@ def _shapes(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Size]:
     return {name: value.shape for name, value in tensors.items()}
 
 
-def _same_subspace(first: Mapping[str, torch.Tensor], second: Mapping[str, torch.Tensor]) -> bool:
+def same_tensors(first: Mapping[str, torch.Tensor], second: Mapping[str, torch.Tensor]) -> bool:
     return first.keys() == second.keys() and all(torch.equal(first[k].cpu(), second[k].cpu()) for k in first)
 
 

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from numbers import Real
 from typing import Any, NamedTuple
 
 import pandas as pd
 
+from ..formatting import is_missing, is_number
+
 VERDICTS = ("bad", "warning", "not checked", "good")  # the order in which they sort
-MISSING = "–"
 
 
 @dataclass(frozen=True)
@@ -194,31 +193,6 @@ class Picture:
 
 
 Block = Text | Note | Facts | Details | Verdicts | Table | Picture
-
-
-def shown(value: Any, decimals: int = 3) -> str:
-    """A value as a reader sees it: rounded if it is a number, a dash if it is missing."""
-    if is_missing(value):
-        return MISSING
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if hasattr(value, "item") and getattr(value, "ndim", 0) == 0:
-        return shown(value.item(), decimals)
-    if not is_number(value) or isinstance(value, int):
-        return str(value)
-    if not math.isfinite(value):
-        return "∞" if value > 0 else "-∞"
-    rounded = f"{value:.{decimals}f}"
-    hidden = value != 0 and float(rounded) == 0
-    return f"{value:.2e}" if hidden or abs(value) >= 1e7 else rounded
-
-
-def is_number(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool)
-
-
-def is_missing(value: Any) -> bool:
-    return value is None or value is pd.NA or value is pd.NaT or (isinstance(value, Real) and math.isnan(value))
 
 
 def inline(text: str) -> list[tuple[str, str]]:

@@ -8,7 +8,8 @@ import math
 import re
 from typing import Any
 
-from .document import VERDICTS, Document, Picture, inline, is_missing, is_number, paragraphs, shown
+from ..formatting import is_missing, is_number, shown
+from .document import VERDICTS, Document, Picture, inline, paragraphs
 from .pictures import to_png, to_svg
 
 PAGE_BYTES = 5_000_000

@@ -9,6 +9,7 @@ from urllib.parse import quote
 
 import pandas as pd
 
+from ..formatting import shown
 from .document import (
     Block,
     Details,
@@ -22,7 +23,6 @@ from .document import (
     Verdicts,
     inline,
     paragraphs,
-    shown,
 )
 from .pictures import to_png
 

@@ -14,9 +14,9 @@ import torch
 
 from ..comparison import Comparison, compare
 from ..diagnostics.diagnose import Diagnosis, diagnose
-from ..diagnostics.diagnose import shown as _brief
 from ..diagnostics.findings import Findings
 from ..diagnostics.uncertainty import most_uncertain
+from ..formatting import brief
 from ..plots.predictive import draws_needed, entropy_parts, risk_coverage
 from ..plots.reliability import reliability_diagram
 from ..plots.structure import correlation, modules, spectrum
@@ -129,7 +129,7 @@ def _summary(name: str, diagnosis: Diagnosis) -> Iterator:
     faults = [check for check in diagnosis.checks if check.verdict == "bad"]
     doubts = [check for check in diagnosis.checks if check.verdict == "warning"]
     if faults:
-        found = "; ".join(f"{c.check}: {_brief(c.value)} (expected {c.threshold})" for c in faults)
+        found = "; ".join(f"{c.check}: {brief(c.value)} (expected {c.threshold})" for c in faults)
         words = f"**{name} should not be used as it is.** {found[:1].upper()}{found[1:]}."
     elif doubts:
         words = f"**{name} can be used with care.** Look at: {', '.join(check.check for check in doubts)}."
