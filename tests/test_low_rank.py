@@ -58,6 +58,45 @@ def test_a_random_subspace_stands_beside(problem):
     }  # fmt: skip
 
 
+def test_a_null_that_is_none_is_refused(problem):
+    chosen = lb.BayesianLoRA(problem.model.network, lb.LoRAXS(3, targets="all-linear"), size=problem.rows)
+    with pytest.raises(ValueError, match=r"projections.Random\(\), got LoRAXS"):
+        low_rank(exact(problem), lb.Posterior(chosen, lb.guides.FullRank()(chosen), lb.guides.FullRank()))
+    with pytest.raises(ValueError, match="D = 18 latents, got 9"):
+        low_rank(exact(problem), exact(LinearGaussian(rank=3)))
+    with pytest.raises(ValueError, match="reference= with random="):
+        lb.diagnose(exact(problem), [problem.batch], random=exact(problem))
+
+
+@pytest.mark.parametrize(("r_hat", "doubt"), [(1.003, ""), (1.2, "R-hat is 1.200"), (np.nan, "R-hat is nan")])
+def test_chains_that_have_not_converged_are_not_to_be_trusted(problem, r_hat, doubt):
+    reference = drawn_exactly(problem, draws=400)
+    reference.settings["r_hat"] = r_hat
+    found = low_rank(reference)
+    assert (found.doubt == "") == (doubt == "")
+    assert doubt in found.note
+    diagnosis = lb.diagnose(exact(problem), [problem.batch], reference=reference, draws=4)
+    verdicts = {check.check.split(" (")[0]: check.verdict for check in diagnosis.checks}
+    wanted = "warning" if doubt else "good"
+    assert verdicts["R-hat of the reference"] == verdicts["effective rank of the reference"] == wanted
+
+
+def test_draws_whose_convergence_nobody_recorded(problem):
+    assert "is not known" in low_rank(drawn_exactly(problem, draws=100)).doubt
+    assert low_rank(exact(problem)).doubt == ""  # it has no chains
+
+
+def test_the_random_subspace_reaches_diagnosis_and_report(problem, tmp_path):
+    null = exact(LinearGaussian(rank=3, modules=2, seed=1))
+    written = lb.report(
+        {"one": exact(problem)}, [problem.batch], tmp_path / "report.md", reference=exact(problem), random=null, draws=4
+    )
+    table = low_rank(exact(problem), null).table
+    rank = table.loc[("precision from the data", "random projection"), "effective rank"]
+    assert f"{rank:.1f} in a random subspace" in repr(written.diagnosis)
+    assert "random projection, no correlation" in (tmp_path / "report.md").read_text()
+
+
 def test_a_guide_whose_form_decides_is_refused(problem):
     for spec in (lb.guides.LowRank(2), lb.guides.Diagonal(), lb.guides.FullRank(per_module=True)):
         with pytest.raises(TypeError, match="decides the rank"):

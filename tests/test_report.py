@@ -10,7 +10,7 @@ from conftest import LinearGaussian, tiny_bert, tiny_reviews, tiny_tokenizer
 from test_evidence import exact, posterior_at
 
 import pyro_lrblora as lb
-from pyro_lrblora.diagnostics import calibration, structure
+from pyro_lrblora.diagnostics import against_votes, calibration, gradient_noise, structure
 from pyro_lrblora.evidence import importance
 from pyro_lrblora.formatting import shown
 
@@ -64,6 +64,33 @@ def test_a_posterior_of_the_wrong_width_is_caught_by_the_reference_and_by_the_we
     rank = structure(exact(problem), draws=8).effective_rank
     table = found.findings.low_rank.table  # of the reference, whatever the posterior
     assert table.loc[("covariance", "reference"), "effective rank"] == pytest.approx(rank, rel=1e-4)
+
+
+def test_votes_and_gradients_are_checked_where_they_are_asked_for(fitted, tmp_path):
+    data, posterior, point = fitted
+    prediction = lb.predict(posterior, data["test"], draws=32)
+    votes = torch.randint(0, 9, (len(data["test"]), 3)) + 1
+    asked = {"train": data["train"], "votes": votes, "gradient_batches": 6}
+    found = lb.report({"one": posterior}, data["test"], tmp_path / "report.md", **asked)
+    agreement = against_votes(prediction.probs, votes).table
+    distance = agreement.loc["total_variation", "mean"]
+    assert row(found.diagnosis, "distance to people's votes").value == pytest.approx(distance, abs=1e-6)
+    noise = gradient_noise(posterior, data["train"], 6).table
+    assert row(found.diagnosis, "signal in the gradient").value in list(noise["snr"])
+    words = (tmp_path / "report.md").read_text()
+    for value in (distance, noise.loc["loc", "noise"]):
+        assert shown(float(value)) in words
+    perfect = 1000 * prediction.probs.numpy()
+    assert row(lb.diagnose(posterior, data["test"], votes=perfect.round()), "distance").verdict == "good"
+    opposite = 1000 * (prediction.probs.numpy() == prediction.probs.numpy().min(1, keepdims=True))
+    assert row(lb.diagnose(posterior, data["test"], votes=opposite), "distance").verdict == "warning"
+    assert not [check for check in lb.diagnose(point, data["test"]).checks if "votes" in check.check]
+    for options, words in (
+        ({"votes": votes[:5]}, "a row of counts per test row"), ({"gradient_batches": 4}, "with train="),
+        ({"train": data["train"], "gradient_batches": 1}, "gradient_batches >= 2"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=words):
+            lb.diagnose(posterior, data["test"], **options)
 
 
 def test_what_is_missing_is_said_and_nothing_crashes(fitted):

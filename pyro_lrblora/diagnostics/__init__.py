@@ -6,12 +6,14 @@ from .draws_sweep import DrawsSweep, draws_sweep
 from .findings import Check, Findings
 from .gradient_noise import GradientNoise, gradient_noise
 from .human_labels import HumanAgreement, against_votes
+from .intervals import Intervals, intervals
 from .low_rank import LowRankness, low_rank
 from .out_of_distribution import out_of_distribution
 from .reference import AgainstReference, against_reference
 from .sbc import SBC, full_rank_fit, sbc
 from .selective import RiskCoverage, risk_coverage
 from .structure import Structure, structure
+from .texts import text_scores
 from .tiny_problem import tiny_problem
 from .training import Training, training
 from .uncertainty import Uncertainty, decompose, most_uncertain
@@ -26,6 +28,7 @@ __all__ = [
     "Findings",
     "GradientNoise",
     "HumanAgreement",
+    "Intervals",
     "LowRankness",
     "RiskCoverage",
     "Structure",
@@ -39,12 +42,14 @@ __all__ = [
     "draws_sweep",
     "full_rank_fit",
     "gradient_noise",
+    "intervals",
     "low_rank",
     "most_uncertain",
     "out_of_distribution",
     "risk_coverage",
     "sbc",
     "structure",
+    "text_scores",
     "tiny_problem",
     "training",
 ]

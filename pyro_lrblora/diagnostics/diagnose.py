@@ -18,11 +18,15 @@ from ..guides.draws import DrawsGuide
 from ..guides.ensemble import EnsembleGuide
 from ..guides.mixture import MixtureGuide
 from ..posterior import Posterior
-from ..predictive import predict
+from ..predictions import NumberPrediction, Prediction, TokenPrediction
+from ..predictive import predict, predict_at
 from .calibration import calibration
 from .draws_sweep import draws_sweep
 from .findings import Check, Findings
-from .low_rank import low_rank
+from .gradient_noise import gradient_noise
+from .human_labels import against_votes
+from .intervals import intervals
+from .low_rank import check_random, low_rank
 from .out_of_distribution import out_of_distribution
 from .reference import against_reference
 from .selective import risk_coverage
@@ -32,6 +36,7 @@ from .uncertainty import decompose
 from .verdicts import verdicts
 
 VERDICTS = ("good", "warning", "bad", "not checked")
+_OF_CLASSES = ("calibration", "selective", "sweep", "uncertainty", "temperature", "outside")
 
 
 def diagnose(
@@ -42,6 +47,9 @@ def diagnose(
     validation=None,
     outside=None,
     reference: Posterior | None = None,
+    random: Posterior | None = None,
+    votes=None,
+    gradient_batches: int = 0,
     draws: int = 32,
     evidence_draws: int = 100,
     bins: int = 15,
@@ -50,7 +58,8 @@ def diagnose(
 ) -> Diagnosis:
     """Check a posterior from its training to its predictions, and say what each number means and what to do.
 
-    What cannot be checked is a row too, with the reason. The rules are in diagnostics/verdicts.py.
+    What cannot be checked is a row too, with the reason. The rules are in diagnostics/verdicts.py, prediction_rules.py
+    and, for numbers and texts, label_rules.py.
 
     Args:
         posterior: what a fit returned.
@@ -59,6 +68,11 @@ def diagnose(
         validation: rows that the temperature is fitted on.
         outside: rows of another kind, which the posterior should be less sure of.
         reference: a better known posterior in the same subspace (lb.infer.nuts, laplace structure="full").
+        random: beside a reference, the same in a subspace of projections.Random(): what low rank it has by chance, see
+            diagnostics.low_rank.
+        votes: (N, C) counts of many people's labels for the test rows, see diagnostics.against_votes.
+        gradient_batches: gradients of the fitted rows to measure signal and noise on, see diagnostics.gradient_noise;
+            0 leaves that out, 16 are enough.
         draws: S of the predictions.
         evidence_draws: S of ELBO and LOO.
         bins: of the ECE.
@@ -70,7 +84,8 @@ def diagnose(
 
     Raises:
         ValueError: before any prediction: draws < 1, empty data, training rows that are not as many as were fitted, a
-            reference in another subspace.
+            reference in another subspace, `random` without a reference or in a subspace that is not, votes that are not
+            one row per test row, gradient_batches of 1 or without train.
     """
     for name, value in {"draws": draws, "evidence_draws": evidence_draws}.items():
         if not (isinstance(value, int) and value >= 1):
@@ -84,12 +99,16 @@ def diagnose(
     }
     if train is not None:
         check_fitted_rows(posterior, data["train"])
+    _check_optional(reference, random, votes, gradient_batches, data)
     findings = {"training": training(posterior), "structure": structure(posterior, seed=seed)}
+    if gradient_batches:
+        # The rows as they were given: the fit's own batches are made of them.
+        findings["gradient"] = gradient_noise(posterior, train, gradient_batches, seed, tokenizer=tokenizer)
     missing = {}
     for part in (
         _evidence(posterior, data.get("train"), evidence_draws, seed),
-        _predictions(posterior, data, draws, bins, seed),
-        _reference(posterior, reference, data["test"], seed),
+        _predictions(posterior, data, draws, bins, seed, votes),
+        _reference(posterior, reference, random, data["test"], seed),
     ):
         findings |= {name: value for name, value in part.items() if not isinstance(value, str)}
         missing |= {name: value for name, value in part.items() if isinstance(value, str)}
@@ -154,26 +173,43 @@ def _evidence(posterior: Posterior, train, draws: int, seed: int) -> dict:
     return {"importance": pieces, "loo": pieces.loo}
 
 
-def _predictions(posterior: Posterior, data: Mapping, draws: int, bins: int, seed: int) -> dict:
-    names = ("prediction", "at_mean", "calibration", "selective", "sweep", "uncertainty", "temperature", "outside")
-    if not posterior.model.predicts_classes:
-        return dict.fromkeys(names, f"the likelihood {posterior.model.likelihood!r} does not predict classes")
-    how = {"draws": 1 if posterior.is_point else draws, "seed": seed}
+def _predictions(posterior: Posterior, data: Mapping, draws: int, bins: int, seed: int, votes) -> dict:
+    model, how = posterior.model, {"draws": 1 if posterior.is_point else draws, "seed": seed}
+    if not (model.predicts_classes or hasattr(model.likelihood, "prediction")):
+        reason = f"the likelihood {model.likelihood!r} does not predict classes, and has no `prediction` of its own"
+        return dict.fromkeys(("prediction", "at_mean", *_OF_CLASSES, *([] if votes is None else ["votes"])), reason)
     prediction = predict(posterior, data["test"], **how)
-    parts = {"prediction": prediction, "uncertainty": decompose(prediction)}
+    parts = {"prediction": prediction, "at_mean": _at_mean(posterior, data["test"])}
+    if isinstance(prediction, Prediction):
+        return parts | _of_classes(posterior, prediction, data, how, bins, votes)
+    parts |= dict.fromkeys(_OF_CLASSES, f"this is of class probabilities, and {model.likelihood!r} has none")
+    if votes is not None:
+        parts["votes"] = parts["calibration"]
+    if isinstance(prediction, NumberPrediction):
+        known = prediction.labels is not None
+        parts["intervals"] = intervals(prediction) if known else "the test rows have no labels"
+    elif isinstance(prediction, TokenPrediction):
+        pretrained = {name: value.unsqueeze(0) for name, value in model.start().items()}
+        parts["at_base"] = predict_at(model, data["test"], pretrained, posterior.head())
+    return parts
+
+
+def _at_mean(posterior: Posterior, test):
     if posterior.is_point:
-        parts["at_mean"] = "a point is its own mean"
-    elif isinstance(posterior.guide, EnsembleGuide | MixtureGuide):
-        parts["at_mean"] = "the mean of several modes is none of them"
-    else:
-        parts["at_mean"] = predict(posterior, data["test"], at="mean")
-    labels = prediction.labels
+        return "a point is its own mean"
+    if isinstance(posterior.guide, EnsembleGuide | MixtureGuide):
+        return "the mean of several modes is none of them"
+    return predict(posterior, test, at="mean")
+
+
+def _of_classes(posterior: Posterior, prediction: Prediction, data: Mapping, how: Mapping, bins: int, votes) -> dict:
+    parts, labels = {"uncertainty": decompose(prediction)}, prediction.labels
     if labels is None:
         parts |= dict.fromkeys(("calibration", "selective", "sweep"), "the test rows have no labels")
     else:
-        parts["calibration"] = calibration(prediction.probs, labels, bins=bins, seed=seed)
+        parts["calibration"] = calibration(prediction.probs, labels, bins=bins, seed=how["seed"])
         parts["selective"] = risk_coverage(prediction.probs, labels)
-        parts["sweep"] = draws_sweep(prediction, seed=seed, bins=bins)
+        parts["sweep"] = draws_sweep(prediction, seed=how["seed"], bins=bins)
     if "validation" not in data:
         parts["temperature"] = "no validation rows were given: temperature scaling left out"
     elif data["validation"].labels is None:
@@ -187,16 +223,37 @@ def _predictions(posterior: Posterior, data: Mapping, draws: int, bins: int, see
         parts["outside"] = "no rows of another kind were given: write outside="
     else:
         parts["outside"] = out_of_distribution(prediction, predict(posterior, data["outside"], **how))
+    if votes is not None:
+        parts["votes"] = against_votes(prediction.probs, votes, seed=how["seed"])
     return parts
 
 
-def _reference(posterior: Posterior, reference: Posterior | None, test, seed: int) -> dict:
+def _reference(posterior: Posterior, reference: Posterior | None, random: Posterior | None, test, seed: int) -> dict:
     if reference is None:
         reason = "no reference posterior was given: write reference=lb.infer.nuts(...) where D allows"
         return dict.fromkeys(("reference", "low_rank"), reason)
     parts = {"reference": against_reference(posterior, reference, test, seed=seed)}
+    if "r_hat" in reference.settings:
+        parts["reference_r_hat"] = float(reference.settings["r_hat"])
     try:
-        parts["low_rank"] = low_rank(reference, seed=seed)
+        parts["low_rank"] = low_rank(reference, random, seed=seed)
     except (TypeError, ValueError) as error:  # a reference whose form decides, or too many latents
         parts["low_rank"] = str(error)
     return parts
+
+
+def _check_optional(reference, random, votes, gradient_batches: int, data: Mapping) -> None:
+    if random is not None:
+        if reference is None:
+            raise ValueError("expected reference= with random=: it is the null that a reference is held against")
+        check_random(reference, random)
+    if votes is not None and len(votes) != data["test"].rows:
+        raise ValueError(
+            f"expected votes= with a row of counts per test row, {data['test'].rows}, got {len(votes)}; write "
+            "lb.diagnostics.against_votes(prediction.probs, votes) for other rows"
+        )
+    if gradient_batches and (gradient_batches < 2 or "train" not in data):
+        raise ValueError(
+            f"expected gradient_batches >= 2 with train=, got {gradient_batches}"
+            + ("" if "train" in data else " and no training rows")
+        )

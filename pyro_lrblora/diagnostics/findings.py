@@ -6,12 +6,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import numpy as np
 import pandas as pd
 
 from ..evidence import LOO, Importance
-from ..predictive import Prediction
+from ..metrics import standard_error
+from ..predictions import NumberPrediction, Prediction, TokenPrediction
 from .calibration import Calibration
 from .draws_sweep import DrawsSweep
+from .gradient_noise import GradientNoise
+from .human_labels import HumanAgreement
+from .intervals import Intervals
 from .low_rank import LowRankness
 from .reference import AgainstReference
 from .selective import RiskCoverage
@@ -43,22 +48,29 @@ class Findings:
         loo: PSIS-LOO of the fitted rows.
         prediction: of the test rows.
         at_mean: the same at the posterior mean.
-        calibration, selective, sweep: of the test rows, with labels.
+        at_base: of texts, the same by the pretrained network.
+        intervals: of numbers, see diagnostics.intervals.
+        calibration, selective, sweep: of classes, of the test rows with labels.
         uncertainty: of the test rows.
         temperature: fitted on validation rows.
         temperature_gain: log likelihood of all validation rows that it gains over a temperature of 1, nats.
         outside: table of diagnostics.out_of_distribution.
+        votes: see diagnostics.against_votes.
+        gradient: see diagnostics.gradient_noise.
         reference: see diagnostics.reference.
+        reference_r_hat: the largest, of the chains of a reference that has any.
         low_rank: of the reference, see diagnostics.low_rank.
-        missing: name of a part -> why it is None.
+        missing: name of a part -> why it is None; a part nobody asked for may be in neither.
     """
 
     training: Training
     structure: Structure
     importance: Importance | None = None
     loo: LOO | None = None
-    prediction: Prediction | None = None
-    at_mean: Prediction | None = None
+    prediction: Prediction | NumberPrediction | TokenPrediction | None = None
+    at_mean: Prediction | NumberPrediction | TokenPrediction | None = None
+    at_base: TokenPrediction | None = None
+    intervals: Intervals | None = None
     calibration: Calibration | None = None
     selective: RiskCoverage | None = None
     sweep: DrawsSweep | None = None
@@ -66,6 +78,23 @@ class Findings:
     temperature: float | None = None
     temperature_gain: float | None = None
     outside: pd.DataFrame | None = None
+    votes: HumanAgreement | None = None
+    gradient: GradientNoise | None = None
     reference: AgainstReference | None = None
+    reference_r_hat: float | None = None
     low_rank: LowRankness | None = None
     missing: Mapping[str, str] = field(default_factory=dict)
+
+
+def unchecked(check: str, reason: str) -> tuple:
+    """The row, without its part, of what cannot be checked."""
+    return check, None, "", "not checked", sentence(reason), ""
+
+
+def sentence(text: str) -> str:
+    return text[:1].upper() + text[1:].rstrip(".") + "."
+
+
+def error(values: np.ndarray) -> float:
+    """Standard error of the mean; 0 of one row, so that a limit made of it stays a number."""
+    return float(np.nan_to_num(standard_error(values)))

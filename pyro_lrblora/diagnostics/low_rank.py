@@ -11,8 +11,10 @@ from torch import Tensor
 
 from ..guides.draws import DrawsGuide
 from ..guides.full_rank import FullRankGuide
+from ..infer.chains import R_HAT
 from ..posterior import Posterior, local_parameters
 from ..priors import prior_variance
+from ..projections import Random
 from .structure import effective_rank
 
 _MOST = 4096  # latents, whose covariance is decomposed whole
@@ -29,21 +31,25 @@ def low_rank(reference: Posterior, random: Posterior | None = None, seed: int = 
     the prior's covariance: under a Normal prior it is the Fisher information in those units, and of low rank where the
     data determine few directions (the covariance is the identity minus low rank then, and itself of full rank). The
     nulls: the same marginals without correlation, of draws by shuffling each latent alone; and the posterior in a
-    random subspace. An effective rank well below both is structure.
+    random subspace. An effective rank well below both is structure. Chains that have not converged stand apart, and the
+    direction between them alone makes any covariance look low-rank: then `doubt` says so.
 
     Args:
         reference: stored draws (lb.infer.nuts), or a normal with a free covariance (laplace structure="full").
-        random: the same in a subspace of projections.Random().
+        random: the same, of as many latents, in a subspace of projections.Random().
         seed: of the shuffling.
 
     Raises:
         TypeError: a guide whose own form decides the rank.
-        ValueError: more than 4,096 latents, no variance.
+        ValueError: more than 4,096 latents, no variance, `random` in a subspace that is not random or of another size.
     """
+    if random is not None:
+        check_random(reference, random)
     named = {"reference": reference} | ({} if random is None else {"random projection": random})
     for posterior in named.values():
         _check(posterior)
-    rows, spectra, notes = {}, {}, []
+    rows, spectra = {}, {}
+    notes, doubts = [], list(filter(None, (_doubt(posterior, name) for name, posterior in named.items())))
     for name, posterior in named.items():
         for label, whitened, draws in _whitened(posterior, name, seed):
             values = torch.linalg.eigvalsh(whitened).flip(0).clamp(min=0)
@@ -57,7 +63,8 @@ def low_rank(reference: Posterior, random: Posterior | None = None, seed: int = 
                 spectra[part, label] = spectrum.numpy()
     table = pd.DataFrame.from_dict(rows, orient="index")
     table.index = pd.MultiIndex.from_tuples(table.index, names=["of", "in"])
-    return LowRankness(table.sort_index(level=0, sort_remaining=False), spectra, "; ".join(notes))
+    table = table.sort_index(level=0, sort_remaining=False)
+    return LowRankness(table, spectra, "; ".join([*doubts, *notes]), "; ".join(doubts))
 
 
 @dataclass(frozen=True)
@@ -69,12 +76,30 @@ class LowRankness:
             projection): effective rank tr(M)^2 / tr(M^2); latents, D; share of the trace in the first and in the first
             eight directions; directions that hold 90% of it.
         spectra: the same keys -> eigenvalues (D,), descending, in units of the prior.
-        note: what is missing, and why.
+        note: what is missing, or not to be trusted, and why.
+        doubt: of that, what says that the chains have not converged, or that nobody knows.
     """
 
     table: pd.DataFrame
     spectra: dict[tuple[str, str], np.ndarray]
     note: str = ""
+    doubt: str = ""
+
+
+def check_random(reference: Posterior, random: Posterior) -> None:
+    """Raise a ValueError unless `random` is the null of `reference`: a random subspace with as many latents."""
+    projection = getattr(random.model.adapter, "projection", None)
+    if not isinstance(projection, Random):
+        raise ValueError(
+            f"expected random= in a subspace of projections.Random(), got {random.model.adapter!r}; fit it to a model "
+            "with adapter=lb.LoRAXS(rank, lb.projections.Random())"
+        )
+    sizes = [posterior.model.sites.size for posterior in (reference, random)]
+    if sizes[0] != sizes[1]:
+        raise ValueError(
+            f"expected random= with the reference's D = {sizes[0]} latents, got {sizes[1]}; adapt the same modules "
+            "with the same rank"
+        )
 
 
 def _check(posterior: Posterior) -> None:
@@ -87,6 +112,18 @@ def _check(posterior: Posterior) -> None:
     size = posterior.model.sites.size
     if size > _MOST:
         raise ValueError(f"expected at most {_MOST:,} latents, got D = {size:,}; adapt fewer modules or lower the rank")
+
+
+def _doubt(posterior: Posterior, name: str) -> str:
+    """Why stored draws may not be the posterior's; nothing where R-hat is fine, or where there are no chains."""
+    if not isinstance(posterior.guide, DrawsGuide):
+        return ""
+    r_hat = posterior.settings.get("r_hat")
+    if r_hat is None:
+        return f"{name}: draws without an R-hat, whether their chains converged is not known"
+    if not r_hat <= R_HAT:
+        return f"{name}: R-hat is {r_hat:.3f}, above {R_HAT}, so the chains have not converged: not to be trusted"
+    return ""
 
 
 def _whitened(posterior: Posterior, name: str, seed: int) -> list[tuple[str, Tensor, int | None]]:

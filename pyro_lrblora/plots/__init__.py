@@ -1,6 +1,6 @@
 """Pictures of what the diagnostics return: functions of a result that give a matplotlib Figure."""
 
-from .predictive import draws_needed, entropy_parts, risk_coverage
+from .predictive import draws_needed, entropy_parts, pit_histogram, risk_coverage
 from .ranks import ecdf_differences, rank_histograms
 from .reliability import reliability_diagram
 from .structure import correlation, modules, spectrum
@@ -14,6 +14,7 @@ __all__ = [
     "entropy_parts",
     "loo_k_hat",
     "modules",
+    "pit_histogram",
     "rank_histograms",
     "reliability_diagram",
     "risk_coverage",

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import numpy as np
+
 from ..diagnostics.draws_sweep import DrawsSweep
+from ..diagnostics.intervals import Intervals
 from ..diagnostics.selective import RiskCoverage
 from ..diagnostics.uncertainty import Uncertainty
 from .canvas import BLUE, GREEN, GREY, ORANGE, canvas
@@ -73,4 +76,27 @@ def draws_needed(result: DrawsSweep):
     axis.set_xticks(list(table.index), [str(size) for size in table.index])
     axis.set_xlabel("draws")
     axis.set_ylabel("NLL (nats per row)")
+    return figure
+
+
+def pit_histogram(result: Intervals, bins: int = 10):
+    """Predictive probability below each label, with the 95% interval that a bar has where the predictions are right.
+
+    Args:
+        result: of diagnostics.intervals.
+        bins: of equal width.
+
+    Returns:
+        A matplotlib Figure.
+    """
+    from scipy.stats import binom
+
+    figure, ((axis,),) = canvas(5.2, 2.8)
+    counts, edges = np.histogram(result.place, bins, (0, 1))
+    low, high = binom.interval(0.95, len(result.place), 1 / bins)
+    axis.bar(edges[:-1], counts, np.diff(edges), align="edge", color=BLUE, alpha=0.8)
+    axis.axhspan(low, high, color=GREY, alpha=0.35, linewidth=0)
+    axis.set_xlim(0, 1)
+    axis.set_xlabel("predictive probability below the label")
+    axis.set_ylabel("rows")
     return figure

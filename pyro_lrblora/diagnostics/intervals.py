@@ -1,0 +1,78 @@
+"""Are numbers where their predictive intervals say: coverage, probability integral transform, CRPS."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..predictions import NumberPrediction
+from .uniformity import bias_and_width
+
+LEVEL = 0.9
+_RANKS = 99  # into which the transform is cut, to name its shape
+_ERRORS = 3.0  # standard errors from which on a shape is named
+
+
+def intervals(prediction: NumberPrediction) -> Intervals:
+    """Hold the labels of N rows against their predictive distributions.
+
+    The probability integral transform of a row is the predictive probability below its label: uniform where the
+    predictions are right (Dawid 1984, doi 10.2307/2981683; Gneiting et al. 2007, doi 10.1111/j.1467-9868.2007.00587.x).
+
+    Args:
+        prediction: with labels.
+
+    Raises:
+        ValueError: no labels.
+    """
+    from scipy.stats import binom, kstest, kstwo
+
+    if prediction.labels is None:
+        raise ValueError("expected a prediction of rows with labels, got none; predict rows that have a label column")
+    place, labels = prediction.cdf(prediction.labels).double().numpy(), np.sort(prediction.labels.double().numpy())
+    rows, tail = len(place), (1 - LEVEL) / 2
+    # All labels as one forecast for each of them: half their mean absolute difference.
+    alone = float(((2 * np.arange(1, rows + 1) - rows - 1) * labels).sum() / rows**2)
+    return Intervals(
+        place=place,
+        inside=float(((place > tail) & (place < 1 - tail)).mean()),
+        inside_right=tuple(float(count) / rows for count in binom.interval(0.95, rows, LEVEL)),
+        distance=float(kstest(place, "uniform").statistic),
+        distance_right=float(kstwo.isf(0.05, rows)),
+        shape=_shape(place),
+        crps=prediction.losses()["CRPS"],
+        crps_alone=alone,
+    )
+
+
+@dataclass(frozen=True)
+class Intervals:
+    """Predictive distributions of N numbers against the labels.
+
+    Args:
+        place: (N,) probability integral transform.
+        inside: share of labels in the central 90% interval.
+        inside_right: where that share is in 95 of 100 test sets if the predictions are right (binomial).
+        distance: largest distance of the transform's distribution from the uniform (Kolmogorov-Smirnov), a probability.
+        distance_right: below which it is in 95 of 100 test sets if the predictions are right.
+        shape: what is wrong, in words; empty where nothing is clear.
+        crps: (N,) in units of the labels.
+        crps_alone: mean, where the test labels themselves are the forecast, whatever the row.
+    """
+
+    place: np.ndarray
+    inside: float
+    inside_right: tuple[float, float]
+    distance: float
+    distance_right: float
+    shape: str
+    crps: np.ndarray
+    crps_alone: float
+
+
+def _shape(place: np.ndarray) -> str:
+    bias, width = bias_and_width(np.minimum((place * (_RANKS + 1)).astype(int), _RANKS), _RANKS)
+    words = [word for value, words in ((bias, ("too high", "too low")), (width, ("too wide", "too narrow")))
+             for word, clear in zip(words, (value < -_ERRORS, value > _ERRORS), strict=True) if clear]  # fmt: skip
+    return ", ".join(words)
