@@ -11,7 +11,8 @@ from torch.utils._pytree import tree_leaves
 
 import pyro_lrblora as lb
 from pyro_lrblora.diagnostics.reference import against_reference
-from pyro_lrblora.diagnostics.structure import _from_draws, effective_rank, structure
+from pyro_lrblora.diagnostics.spectra import effective_rank, from_draws
+from pyro_lrblora.diagnostics.structure import structure
 from pyro_lrblora.evidence import importance
 from pyro_lrblora.guides.draws import Draws, DrawsGuide
 
@@ -80,8 +81,32 @@ def test_the_update_s_spectrum_is_that_of_w(problem):
     assert len(found.induced) == 18
 
 
+def test_every_module_has_its_spectra_and_their_shares(problem):
+    found, covariance = structure(exact(problem)), problem.precision.inverse()
+    induced = structure(drawn_exactly(problem))
+    for name, where in zip(found.modules.index, (slice(0, 9), slice(9, 18)), strict=True):
+        values = torch.linalg.eigvalsh(covariance[where, where]).flip(0).numpy()
+        np.testing.assert_allclose(found.spectra["latents"][name], values, rtol=1e-3)
+        assert found.modules.loc[name, "first direction"] == pytest.approx(values[0] / values.sum(), rel=1e-3)
+        assert found.modules.loc[name, "first eight"] == pytest.approx(values[:8].sum() / values.sum(), rel=1e-3)
+        assert found.share(2, module=name) == pytest.approx(values[:2].sum() / values.sum(), rel=1e-3)
+        # A and B are orthonormal: what W - W0 varies by is what R does, here from 100 draws.
+        own = induced.spectra["W - W0"][name]
+        assert own.sum() == pytest.approx(values.sum(), rel=0.3)
+        assert len(own) == 9
+        rank = values.sum() ** 2 / np.square(values).sum()
+        assert induced.modules.loc[name, "W - W0: effective rank"] == pytest.approx(rank, rel=0.3)
+        share = induced.share(1, "W - W0", name)
+        assert induced.modules.loc[name, "W - W0: first direction"] == pytest.approx(share)
+        assert share == pytest.approx(values[0] / values.sum(), abs=0.15)
+    assert induced.share(18, "W - W0") == pytest.approx(1.0)
+    assert induced.induced_effective_rank == pytest.approx(found.effective_rank, rel=0.3)
+    with pytest.raises(ValueError, match="expected of= among"):
+        found.share(1, "weights")
+
+
 def test_few_draws_of_many_dimensions_do_not_lower_the_effective_rank():
-    values = _from_draws((x := torch.randn(100, 300).double()) - x.mean(0))
+    values = from_draws((x := torch.randn(100, 300).double()) - x.mean(0))
     assert effective_rank(values, 100) == pytest.approx(300, rel=0.1)
     assert effective_rank(values, None) < 100
 
@@ -93,6 +118,8 @@ def test_a_point_has_no_variance_and_two_sites_per_module_work():
     assert found.variance == 0
     assert np.isnan(found.effective_rank)
     assert (found.modules["contraction"] == 1).all()
+    assert found.modules["first direction"].isna().all()
+    assert np.isnan(found.share(1, "W - W0"))
     latents = model.adapted.per_module(point.mean())
     for name, latent in latents.items():
         left, right = model.adapted.low_rank_factors(name, latent)
@@ -127,7 +154,7 @@ def test_fifteen_thousand_latents_without_a_square_of_them():
         beside = against_reference(posterior, posterior, draws=16, projections=10)
     assert 40 * size <= seen.entries < 300 * size  # the draws are seen, and nothing like size ** 2
     assert "above 2,048" in found.note
-    assert len(found.modules) == 60
+    assert len(found.modules) == len(found.spectra["latents"]) == len(found.spectra["W - W0"]) == 60
     assert pieces.log_likelihood.shape == (4, 10)
     assert beside.log_sd_ratio.shape == (size,)
     with LargestTensor() as seen:

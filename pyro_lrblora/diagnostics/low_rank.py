@@ -15,7 +15,7 @@ from ..infer.chains import R_HAT
 from ..posterior import Posterior, local_parameters
 from ..priors import prior_variance
 from ..projections import Random
-from .structure import effective_rank
+from .spectra import effective_rank, eigenvalues
 
 _MOST = 4096  # latents, whose covariance is decomposed whole
 _PER_LATENT = 4  # draws of each, below which the inverse of a sample covariance is mostly noise
@@ -52,7 +52,7 @@ def low_rank(reference: Posterior, random: Posterior | None = None, seed: int = 
     notes, doubts = [], list(filter(None, (_doubt(posterior, name) for name, posterior in named.items())))
     for name, posterior in named.items():
         for label, whitened, draws in _whitened(posterior, name, seed):
-            values = torch.linalg.eigvalsh(whitened).flip(0).clamp(min=0)
+            values = eigenvalues(whitened)
             parts = {"covariance": (values, draws)}
             if draws is None or draws >= _PER_LATENT * len(values):
                 parts["precision from the data"] = ((1 / values.clamp(min=1e-12) - 1).clamp(min=0).flip(0), None)

@@ -17,9 +17,11 @@ from ..infer.elbo import is_normal
 from ..infer.start import prior_sites
 from ..posterior import Posterior, local_parameters
 from ..priors import prior_variance
+from . import spectra
 
 _DENSE = 2048  # latents, up to which the covariance is decomposed whole
 _BLOCK = 512  # latents of a module, up to which its block is written out
+_TOP = {"first direction": 1, "first eight": 8}  # of a spectrum, whose share of the variance is in the table
 _UPDATES = 100  # draws of W - W0, whose inner products take the square of it
 
 
@@ -58,16 +60,25 @@ def structure(posterior: Posterior, draws: int = 500, seed: int = 0) -> Structur
     dense = covariance.dense().double().cpu() if whole else None
     centred = latents - latents.mean(0)
     spectrum = lambda scale: (
-        _eigenvalues(dense / torch.outer(scale, scale)) if whole else _from_draws(centred / scale)[: len(scale)]
+        spectra.eigenvalues(dense / torch.outer(scale, scale))
+        if whole
+        else spectra.from_draws(centred / scale)[: len(scale)]
     )
     eigenvalues, one = spectrum(torch.ones_like(prior)), prior.sqrt()
     gram, sizes = _update_products(model, samples)
     mean = model.sites.join(posterior.mean()).double().cpu()
     blocks = _blocks(model, covariance, centred)
-    kl, dependence, table = _modules(posterior, blocks, prior, mean, None if exact else draws, notes)
+    found = {"latents": {}, "W - W0": {}}
+    kl, dependence, table = _modules(posterior, blocks, prior, mean, None if exact else draws, notes, found["latents"])
+    found["W - W0"] = {name: spectra.from_products(each) for name, each in gram.items()}
+    updates = len(next(iter(gram.values())))
+    table["W - W0: effective rank"] = {
+        name: spectra.effective_rank(torch.as_tensor(values), updates) for name, values in found["W - W0"].items()
+    }
+    for label, top in _TOP.items():
+        table[f"W - W0: {label}"] = {name: spectra.share(values, top) for name, values in found["W - W0"].items()}
     table["W - W0: sd of an entry"] = {
-        name: float(_centred(gram[name]).diagonal().sum() / (len(gram[name]) - 1) / sizes[name][0]) ** 0.5
-        for name in gram
+        name: float(values.sum() / sizes[name][0]) ** 0.5 for name, values in found["W - W0"].items()
     }
     # Different draws' products estimate the squared norm of the mean without the variance that equal ones add.
     table["mean W - W0 / W0"] = {
@@ -76,14 +87,16 @@ def structure(posterior: Posterior, draws: int = 500, seed: int = 0) -> Structur
         for name, each in gram.items()
     }
     variance = float(covariance.variance.double().sum()) if exact else float(centred.square().sum() / (draws - 1))
-    induced = _eigenvalues(_centred(sum(gram.values())) / (len(next(iter(gram.values()))) - 1))
+    induced = spectra.from_products(sum(gram.values()))
     return Structure(
         eigenvalues=eigenvalues.numpy(),
         whitened=spectrum(one).numpy(),
-        induced=induced[: min(len(prior), len(induced) - 1)].numpy(),
+        induced=induced,
         variance=variance,
-        effective_rank=effective_rank(eigenvalues, None if whole else draws),
+        effective_rank=spectra.effective_rank(eigenvalues, None if whole else draws),
+        induced_effective_rank=spectra.effective_rank(torch.as_tensor(induced), updates),
         modules=table,
+        spectra=found,
         correlation=_correlation(model, dense, centred),
         kl=kl,
         dependence=dependence,
@@ -100,13 +113,17 @@ class Structure:
     Args:
         eigenvalues: (M,) of the covariance of the latents, descending; all D, or those that S draws show.
         whitened: (M,) of the covariance in units of the prior's standard deviations: 1 has learned nothing.
-        induced: eigenvalues of the covariance of all W - W0 together, from at most 100 draws.
+        induced: eigenvalues above zero of the covariance of all W - W0 together, from at most 100 draws.
         variance: the trace of the covariance.
         effective_rank: participation ratio tr(C)^2 / tr(C^2): D where all eigenvalues are equal; NaN without variance.
+        induced_effective_rank: the same of all W - W0 together.
         modules: a row per module: latents; prior sd and posterior sd, root mean squares; contraction, 1 - trace over
             the prior's; effective parameters, the sum over latents of 1 - variance / prior variance (MacKay 1992,
-            doi 10.1162/neco.1992.4.3.415); effective rank of its block; KL of its marginal to the prior, nats; sd of an
-            entry of W - W0; norm of the mean W - W0 over that of W0.
+            doi 10.1162/neco.1992.4.3.415); effective rank of its block, and the share of its variance in the first
+            direction and in the first eight; KL of its marginal to the prior, nats; effective rank and the same shares
+            of the covariance of W - W0; sd of an entry of W - W0; norm of the mean W - W0 over that of W0.
+        spectra: "latents" and "W - W0" -> module -> eigenvalues of its covariance, descending, from as many draws as
+            those of all together; without the latents of a module that has more than 512.
         correlation: (L, L) RV coefficients between modules, 0 to 1 (Robert & Escoufier 1976); from draws debiased (Song
             et al. 2012).
         kl: of all latents to the prior, nats; NaN where there is no closed form.
@@ -121,7 +138,9 @@ class Structure:
     induced: np.ndarray
     variance: float
     effective_rank: float
+    induced_effective_rank: float
     modules: pd.DataFrame
+    spectra: dict[str, dict[str, np.ndarray]]
     correlation: pd.DataFrame
     kl: float
     dependence: float
@@ -129,8 +148,22 @@ class Structure:
     draws: int
     note: str = ""
 
-    def share(self, top: int) -> float:
-        """Share of the variance in the first eigenvalues; NaN without variance."""
+    def share(self, top: int, of: str = "latents", module: str | None = None) -> float:
+        """Share of the variance in the first eigenvalues; NaN without variance.
+
+        Args:
+            top: how many.
+            of: "latents" or "W - W0".
+            module: one of them; None is all together.
+        """
+        if of not in self.spectra or module not in (None, *self.spectra[of]):
+            raise ValueError(
+                f"expected of= among {list(self.spectra)} and a module with a spectrum or None, got {of!r}, {module!r}"
+            )
+        if module is not None:
+            return spectra.share(self.spectra[of][module], top)
+        if of == "W - W0":
+            return spectra.share(self.induced, top)
         return float(self.eigenvalues[:top].sum() / self.variance) if self.variance > 0 else float("nan")
 
 
@@ -142,31 +175,6 @@ def _covariance(posterior: Posterior):
         return posterior.covariance()
     except TypeError:
         return None
-
-
-def _eigenvalues(matrix: Tensor) -> Tensor:
-    return torch.linalg.eigvalsh(matrix).flip(0).clamp(min=0)
-
-
-def _from_draws(centred: Tensor) -> Tensor:
-    """The S - 1 eigenvalues that centred draws (S, D) show."""
-    return _eigenvalues(centred @ centred.T / (len(centred) - 1))[:-1]
-
-
-def effective_rank(eigenvalues: Tensor, draws: int | None) -> float:
-    """tr(C)^2 / tr(C^2), of eigenvalues, or of a sample's with the bias of its S draws taken out."""
-    trace, square = eigenvalues.sum(), eigenvalues.square().sum()
-    if trace <= 0:
-        return float("nan")
-    if draws is not None:
-        n = draws - 1
-        square = n**2 / ((n - 1) * (n + 2)) * (square - trace**2 / n)
-        trace = (trace**2 - 2 * square / n).clamp(min=0).sqrt()
-    return float(trace**2 / square.clamp(min=1e-300))
-
-
-def _centred(gram: Tensor) -> Tensor:
-    return gram - gram.mean(0) - gram.mean(1, keepdim=True) + gram.mean()
 
 
 def _update_products(model, samples) -> tuple[dict[str, Tensor], dict[str, tuple[int, float]]]:
@@ -222,8 +230,10 @@ def _blocks(model, covariance, centred: Tensor) -> dict[str, tuple[Tensor, Tenso
     return blocks
 
 
-def _modules(posterior, blocks, prior, mean, drawn: int | None, notes: list[str]) -> tuple[float, float, pd.DataFrame]:
-    """KL of all latents, what it exceeds the modules' by, and the table of the modules."""
+def _modules(
+    posterior, blocks, prior, mean, drawn: int | None, notes: list[str], found: dict[str, np.ndarray]
+) -> tuple[float, float, pd.DataFrame]:
+    """KL of all latents, what it exceeds the modules' by, and the table of the modules; their spectra are filled in."""
     sites, _ = prior_sites(posterior.model)
     normal = drawn is None and not posterior.is_point and all(is_normal(fn) for fn in sites.values())
     if not normal:
@@ -238,13 +248,17 @@ def _modules(posterior, blocks, prior, mean, drawn: int | None, notes: list[str]
             ratio = block / own.sqrt().outer(own.sqrt())
             off = (mean[where] - centre[where]).square() / own
             kl = float((ratio.diagonal() + off - 1).sum() - torch.linalg.slogdet(ratio)[1]) / 2
+        values = None if block is None else spectra.eigenvalues(block)
+        if values is not None:
+            found[name] = values[: None if drawn is None else drawn - 1].numpy()  # no more than draws can show
         rows[name] = {
             "latents": len(where),
             "prior sd": float(own.mean()) ** 0.5,
             "posterior sd": float(variance.mean()) ** 0.5,
             "contraction": float(1 - variance.sum() / own.sum()),
             "effective parameters": float((1 - variance / own).sum()),
-            "effective rank": float("nan") if block is None else effective_rank(_eigenvalues(block), drawn),
+            "effective rank": float("nan") if values is None else spectra.effective_rank(values, drawn),
+            **{label: spectra.share(found.get(name, np.zeros(0)), top) for label, top in _TOP.items()},
             "KL (nats)": kl,
         }
     table = pd.DataFrame.from_dict(rows, orient="index").rename_axis("module")

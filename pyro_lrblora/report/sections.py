@@ -105,7 +105,9 @@ def structure(f: Findings) -> Iterator:
         return
     words = f"The covariance of the latents has effective rank {s.effective_rank:.1f} of {s.modules['latents'].sum()}"
     yield Text(
-        f"{words}; its first direction has {s.share(1):.1%} of the variance, its first eight {s.share(8):.1%}. "
+        f"{words}; its first direction has {s.share(1):.1%} of the variance, its first eight {s.share(8):.1%}. That of "
+        f"W - W0 has effective rank {s.induced_effective_rank:.1f}, with {s.share(1, 'W - W0'):.1%} and "
+        f"{s.share(8, 'W - W0'):.1%}, from draws. "
         "These are properties of the guide: whether the posterior itself is low-rank is asked of a reference."
     )
     if f.low_rank is not None:
@@ -126,7 +128,14 @@ def structure(f: Findings) -> Iterator:
         f"Contraction of {len(s.modules)} modules, {s.modules['contraction'].mean():.2f} on average",
         "How much narrower than the prior each module's latents have become.",
     )
-    yield Table(s.modules, "Modules", {"latents": 0, "effective rank": 1, "KL (nats)": 2, "effective parameters": 1})
+    decimals = {
+        "latents": 0,
+        "effective rank": 1,
+        "KL (nats)": 2,
+        "effective parameters": 1,
+        "W - W0: effective rank": 1,
+    }
+    yield Table(s.modules, "Modules", decimals)
     if len(s.correlation) > 1:
         yield Picture(
             correlation(s),
