@@ -44,7 +44,7 @@ class Posterior:
         guide: the fitted Pyro guide.
         guide_spec: what the guide was built from.
         history: one dict per epoch; elbo and log_likelihood per observation, kl in all, in nats.
-        settings: the arguments of the fit.
+        settings: the arguments of the fit, and "fitted_with": versions, device and hashes of the training data then.
     """
 
     model: BayesianLoRA

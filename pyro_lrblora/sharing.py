@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import tempfile
 from collections.abc import Mapping
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
 
-import datasets
 import pandas as pd
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .formatting import shown
 from .posterior import Posterior
+from .provenance import LIBRARIES, ROWS, data_hash, versions
 from .storage import FILES, describe, load, save
 
-_LIBRARIES = ("pyro_lrblora", "torch", "pyro-ppl", "transformers")
 _CARD = """---
 {{ card_data }}
 ---
@@ -68,7 +64,8 @@ def save_pretrained(
         base_model: the base's id on the hub; None takes the name the network was loaded by, unless that is a folder.
         license: as the hub spells it, such as "apache-2.0"; None writes none.
         comparison: what compare returned, as a table in the card.
-        data: the training rows, for their hash in the card; see data_hash.
+        data: the training rows, for their hash in the card, see pyro_lrblora.provenance.data_hash; None takes what the
+            fit recorded, which it does of a datasets.Dataset.
         source: what to load it from, as the card shows it; None is the folder's name.
         **metadata: further entries of huggingface_hub.ModelCardData, such as datasets=["sst2"], language="en".
     """
@@ -178,6 +175,8 @@ def model_card(posterior: Posterior, *, base_model, license, comparison, data, s
     model = posterior.model
     base_model = base_model or _hub_name(model.network)
     settings = {name: value for name, value in posterior.settings.items() if value is not None}
+    record = settings.pop("fitted_with", {})
+    rows, made = record.get(ROWS) if data is None else data_hash(data), record or versions(model.device)
     facts = {
         "base": base_model or "not named",
         "network": type(model.network).__name__,
@@ -190,9 +189,10 @@ def model_card(posterior: Posterior, *, base_model, license, comparison, data, s
         "guide": posterior.guide_spec,
         **{name: settings[name] for name in sorted(settings, key=lambda name: (name not in ("method", "seed"), name))},
         "training rows N": model.size or "not known",
-        **({} if data is None else {"training rows, sha256": data_hash(data)}),
+        **({} if rows is None else {ROWS: rows}),
         **_last_epoch(posterior.history),
-        "versions": ", ".join(f"{name} {version(name)}" for name in _LIBRARIES),
+        # Of the fit; of a posterior that does not know its own, of the process that writes the card.
+        "versions" if record else "saved with": ", ".join(f"{name} {made[name]}" for name in LIBRARIES),
     }
     rows = pd.DataFrame([[name, _cell(value)] for name, value in facts.items()], columns=["", "value"])
     # A user's own parts are not in the files.
@@ -213,27 +213,6 @@ def model_card(posterior: Posterior, *, base_model, license, comparison, data, s
         fit=rows.to_markdown(index=False, disable_numparse=True),
         comparison=None if comparison is None else _scores(comparison),
     )
-
-
-def data_hash(data) -> str:
-    """The sha256 of rows in their order, the same on every machine.
-
-    Args:
-        data: a datasets.Dataset, hashed as it is stored, whatever its cache; or batch dicts.
-    """
-    digest = hashlib.sha256()
-    if isinstance(data, datasets.Dataset):
-        readable = lambda value: value.hex() if isinstance(value, bytes) else str(value)
-        for table in data.with_format("arrow").iter(1000):
-            for row in table.to_pylist():
-                digest.update(json.dumps(row, sort_keys=True, default=readable).encode())
-        return digest.hexdigest()
-    for batch in data:
-        for name, value in sorted(batch.items()):
-            if isinstance(value, Tensor):
-                digest.update(f"{name} {value.dtype} {tuple(value.shape)} ".encode())
-                digest.update(value.detach().cpu().flatten().contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _hub_name(network: nn.Module) -> str | None:

@@ -18,7 +18,7 @@ from test_peft_io import posterior_of, predicted
 
 import pyro_lrblora as lb
 from pyro_lrblora import sharing
-from pyro_lrblora.sharing import data_hash
+from pyro_lrblora.provenance import data_hash
 
 FILES = ["README.md", "posterior.json", "posterior.safetensors"]
 

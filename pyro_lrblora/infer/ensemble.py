@@ -13,6 +13,7 @@ from ..guides.ensemble import Ensemble, EnsembleGuide
 from ..model import BayesianLoRA
 from ..posterior import Posterior, local_parameters
 from ..priors import prior_variance
+from ..provenance import fitted_with
 from .parallel import run_fits
 from .start import start_at
 from .svi import svi
@@ -88,4 +89,5 @@ def ensemble(
         averaged.point_head.load_state_dict({k: sum(state[k] for state in states) / members for k in states[0]})
     history = [{"member": number, **row} for number, fit in enumerate(fits) for row in fit.history]
     settings = {"method": "ensemble", "members": members, "spread": spread, "seed": seed, "member": fits[0].settings}
+    settings |= fitted_with(averaged.device, train, rows)
     return Posterior(averaged, combined, Ensemble(guide, members), history, settings)

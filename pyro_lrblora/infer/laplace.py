@@ -12,6 +12,7 @@ from ..guides import Delta
 from ..model import BayesianLoRA
 from ..posterior import Posterior, local_parameters
 from ..priors import Normal
+from ..provenance import fitted_with
 from .chains import log_joint
 from .elbo import is_normal
 from .gauss_newton import DiagonalMatrix, FullMatrix, KroneckerMatrix, LowRankMatrix, log_evidence
@@ -104,6 +105,7 @@ def laplace(
         "prior_precision": prior_precision,
         "seed": seed,
         "log_evidence": log_evidence(_log_joint(model, batches, at), curvature.log_det(precision), len(at)),
+        **fitted_with(model.device, train, batches),
     }
     return Posterior(model, guide, spec, list(init.history), settings | {"point fit": init.settings})
 

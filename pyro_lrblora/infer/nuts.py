@@ -14,6 +14,7 @@ from ..data import Batch, as_batches, naming_the_batch
 from ..model import BayesianLoRA
 from ..posterior import Posterior, local_parameters
 from ..priors import prior_variance
+from ..provenance import fitted_with
 from .chains import check_chain_arguments, log_joint, posterior_of_chains, starting_values
 from .start import in_subspace
 
@@ -84,6 +85,7 @@ def nuts(
         "target_accept": target_accept,
         "max_tree_depth": max_tree_depth,
         "full_mass": full_mass,
+        **fitted_with(model.device, train, batches),
     }
     parts, history = [], []
     with torch.random.fork_rng():

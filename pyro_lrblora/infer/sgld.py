@@ -19,6 +19,7 @@ from ..latents import LatentSites
 from ..model import BayesianLoRA
 from ..posterior import Posterior, local_parameters
 from ..priors import prior_variance
+from ..provenance import fitted_with
 from .chains import check_chain_arguments, log_joint, posterior_of_chains, starting_values
 from .start import in_subspace
 
@@ -104,6 +105,7 @@ def stochastic_gradient_chains(
     tokenizer = tokenizer or model.tokenizer
     batches = as_batches(train, tokenizer, batch_size=batch_size, shuffle=seed)
     model.check_labels(batches, "training data")
+    record = fitted_with(model.device, train, batches)
     steps, history, runs = burn_in + draws * thin, [], []
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -129,7 +131,7 @@ def stochastic_gradient_chains(
             runs.append(torch.stack(kept))
             history.append({"chain": chain, "step": (chain + 1) * steps, "seconds": time.perf_counter() - begun})
         bar.close()
-    return model, sites.split(torch.stack(runs)), history, settings | counts | {"seed": seed}
+    return model, sites.split(torch.stack(runs)), history, settings | counts | {"seed": seed} | record
 
 
 def preconditioner(model: BayesianLoRA, batches: Iterable[Batch], sites: LatentSites, at: Tensor) -> Tensor:

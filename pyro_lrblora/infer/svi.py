@@ -19,6 +19,7 @@ from ..guides.stock import check_guide_spec
 from ..model import PRECISIONS, BayesianLoRA
 from ..posterior import Posterior, local_parameters
 from ..predictive import predict
+from ..provenance import fitted_with
 from .checkpoint import Checkpoint, identity_of
 from .data_parallel import Workers
 from .elbo import PartedELBO, has_closed_form
@@ -137,7 +138,7 @@ def svi(
         raise ValueError(f"expected device=None for a network spread by a device_map, got device={device!r}")
     check_guide_spec(guide)
     tokenizer = tokenizer or model.tokenizer
-    train = as_batches(train, tokenizer, batch_size=batch_size, shuffle=seed).restarted()
+    given, train = train, as_batches(train, tokenizer, batch_size=batch_size, shuffle=seed).restarted()
     model.check_labels(train, "training data")
     if validation is not None:
         validation = as_batches(validation, tokenizer, batch_size=2 * batch_size, by_length=True)
@@ -199,7 +200,8 @@ def svi(
         # Only now the pass over the data: what does not fit together is refused at once.
         fitted = spread_guide(fitted, model, guide, train, init, warm_start, warm_start_rows)
         resolved = {"kl": "closed" if closed else "mc", "draws": "row" if per_row else "shared"}
-        posterior = Posterior(model, fitted, guide, [], {"method": "svi"} | arguments | resolved)
+        record = fitted_with(model.device, given, train)
+        posterior = Posterior(model, fitted, guide, [], {"method": "svi"} | arguments | resolved | record)
         total = steps or epochs * math.ceil(len(train) / accumulate)
         loop = Loop(
             posterior, optimiser_of(posterior, rates), train,

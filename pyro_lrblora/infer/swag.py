@@ -12,6 +12,7 @@ from ..data import as_batches, endless
 from ..guides import Delta, LowRank
 from ..model import PRECISIONS, BayesianLoRA
 from ..posterior import Posterior, local_parameters
+from ..provenance import fitted_with
 from .elbo import PartedELBO
 from .start import prior_sites, start_at
 from .step import Rates, add_gradients, gradient_scaler, optimiser_of, step
@@ -79,7 +80,7 @@ def swag(
         raise ValueError(f"expected precision to be one of {list(PRECISIONS)}, got {precision!r}")
     _check_latents_only(model)
     tokenizer = tokenizer or model.tokenizer
-    train = as_batches(train, tokenizer, batch_size=batch_size, shuffle=seed)
+    given, train = train, as_batches(train, tokenizer, batch_size=batch_size, shuffle=seed)
     model.check_labels(train, "training data")
     if burn_in == 0:
         point = start_at(model, init, train, tokenizer)
@@ -106,6 +107,7 @@ def swag(
         "covariance_scale": covariance_scale,
         "seed": seed,
         "precision": precision,
+        **fitted_with(point.model.device, given, train),
     }
     return Posterior(point.model, guide, LowRank(columns), point.history, settings)
 

@@ -59,7 +59,9 @@ def tfb(
     guide = spec(model)
     guide.begin_at(point.guide.loc)
     prior_sd = model.sites.join(prior_variance(model.sample_prior, model.sites.shapes)).sqrt()
-    posterior = Posterior(model, guide, spec, list(point.history), {})
+    # The rows are those of the point's fit: the anchor only widens it.
+    record = {name: value for name, value in point.settings.items() if name == "fitted_with"}
+    posterior = Posterior(model, guide, spec, list(point.history), record)
 
     def score(share: float) -> float:
         guide.scale = (share * prior_sd.mean()).expand(guide.scale.shape).clone()

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib.metadata import version
 
+import datasets
 import numpy as np
 import pandas as pd
-import torch
 
 from ..comparison import Comparison
+from ..data import as_batches
 from ..diagnostics.diagnose import Diagnosis
 from ..diagnostics.findings import Findings
 from ..diagnostics.texts import text_scores
@@ -23,10 +23,10 @@ from ..plots.training import training_curves
 from ..plots.weights import loo_k_hat, weight_tail
 from ..posterior import Posterior
 from ..predictions import NumberPrediction, Prediction, TokenPrediction
+from ..provenance import LABELS, ROWS, data_identity, versions
 from .document import Details, Facts, Note, Picture, Table, Text, Verdicts
 
 _ROWS = 10  # of the least sure
-_PACKAGES = ("pyro_lrblora", "torch", "pyro-ppl", "transformers", "arviz", "numpy")
 
 
 def summary(name: str, diagnosis: Diagnosis) -> Iterator:
@@ -51,7 +51,7 @@ def summary(name: str, diagnosis: Diagnosis) -> Iterator:
 
 
 def built(posterior: Posterior, test, train) -> Iterator:
-    model, counts = posterior.model, posterior.parameter_counts()
+    model, counts, record = posterior.model, posterior.parameter_counts(), posterior.settings.get("fitted_with", {})
     base = getattr(getattr(model.network, "config", None), "_name_or_path", "") or "built in code"
     yield Facts(
         {
@@ -66,20 +66,36 @@ def built(posterior: Posterior, test, train) -> Iterator:
             "parameters of the posterior": counts["posterior"],
             "parameters of the head": counts["head"],
             "rows fitted (N)": model.size,
+            "rows fitted, sha256": record.get(ROWS),
+            "labels fitted, sha256": record.get(LABELS),
             "rows tested": len(test) if hasattr(test, "__len__") else None,
-            "training rows given": "yes" if train is not None else "no",
+            "training rows given": _same_rows(record, train),
         }
     )
-    settings = {name: value if np.isscalar(value) else str(value) for name, value in posterior.settings.items()}
-    yield Details("Arguments of the fit", [Facts(settings)])
-    yield Details("Versions and hardware", [Facts(_versions(model))])
+    settings = {name: value for name, value in posterior.settings.items() if name != "fitted_with"}
+    yield Details(
+        "Arguments of the fit",
+        [Facts({name: value if np.isscalar(value) else str(value) for name, value in settings.items()})],
+    )
+    here = versions(model.device) | {"arviz": version("arviz")}
+    both = pd.DataFrame({"fitted with": record, "reported with": here}, index=list(here))
+    note = (
+        "" if record else "What it was fitted with is not recorded: it was made by hand, or saved by an older version."
+    )
+    yield Details("Versions and hardware", [Table(both.rename_axis("of"), "Of the fit and of this report", note=note)])
 
 
-def _versions(model) -> dict[str, str]:
-    cuda = model.device.type == "cuda"
-    device = torch.cuda.get_device_name(model.device) if cuda else platform.processor() or platform.machine()
-    machine = {"Python": platform.python_version(), "device": f"{model.device} {device}".strip()}
-    return machine | {"threads": str(torch.get_num_threads())} | {name: version(name) for name in _PACKAGES}
+def _same_rows(record: Mapping[str, str], train) -> str:
+    """Whether the rows given as those of the fit have the hashes that the fit recorded."""
+    if train is None:
+        return "no"
+    # A dataset is known by its rows: that takes no tokens.
+    batches = None if isinstance(train, datasets.Dataset) else as_batches(train)
+    known = {name: value for name, value in data_identity(train, batches).items() if name in record}
+    if not known:
+        return "yes; the fit recorded no hash to know them by"
+    wrong = [name for name, value in known.items() if value != record[name]]
+    return f"yes, but others or in another order: not the {' and '.join(wrong)}" if wrong else "yes, by their hashes"
 
 
 def training(f: Findings) -> Iterator:
