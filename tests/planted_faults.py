@@ -76,10 +76,11 @@ def problem() -> LinearGaussian:
     return LinearGaussian(rank=2, modules=3, rows=60)
 
 
-def _without_a_module(mean, covariance):
-    mean, covariance, where = mean.clone(), covariance.clone(), slice(4, 8)
+def _at_the_prior(mean, covariance, where: slice):
+    """The latents in `where` as the prior has them."""
+    mean, covariance = mean.clone(), covariance.clone()
     mean[where], covariance[where], covariance[:, where] = 0, 0, 0
-    covariance[where, where] = 0.7**2 * torch.eye(4).double()
+    covariance[where, where] = 0.7**2 * torch.eye(len(mean[where])).double()
     return mean, covariance
 
 
@@ -95,8 +96,12 @@ POSTERIOR_FAULTS = {
         "IWAE - ELBO, joint k-hat, PSIS-LOO, correlation, effective rank, SBC",
     ),
     "one module of three left at the prior": fault(
-        _without_a_module,
+        lambda mean, c: _at_the_prior(mean, c, slice(4, 8)),
         "IWAE - ELBO, joint k-hat, PSIS-LOO, mean, sd, correlation, sliced W2, effective rank, SBC",
+    ),
+    "two modules of three left at the prior": fault(
+        lambda mean, c: _at_the_prior(mean, c, slice(4, 12)),
+        "IWAE - ELBO, joint k-hat, PSIS-LOO, mean, sd, correlation, sliced W2, contraction, effective rank, SBC",
     ),
     "collapsed to a point (sd x 0.001)": fault(
         lambda mean, c: (mean, 1e-6 * c), "IWAE - ELBO, joint k-hat, PSIS-LOO, sd, sliced W2, SBC"

@@ -1,4 +1,4 @@
-"""A posterior says what it was fitted with and to which rows, keeps that when saved, and a report puts both side by side."""
+"""A posterior says what it was fitted with and to which rows, when saved too, and a report puts that beside its own."""
 
 import json
 

@@ -27,14 +27,18 @@ from planted_faults import (  # noqa: E402
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--simulations", type=int, default=100, help="refits of simulation-based calibration")
+    parser.add_argument("--only", default="", help="faults with this in their name; the default is all")
     args = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.manual_seed(0)
     target = problem()
-    cells = {name: posterior_cells(name, target, args.simulations) for name in POSTERIOR_FAULTS}
+    cells = {name: posterior_cells(name, target, args.simulations) for name in POSTERIOR_FAULTS if args.only in name}
     print(table(cells, POSTERIOR_FAULTS).to_markdown(), end="\n\n", flush=True)
+    names = [name for name in PREDICTION_FAULTS if args.only in name]
+    if not names:
+        return
     task = Classification()
-    cells = {name: prediction_cells(name, task) for name in PREDICTION_FAULTS}
+    cells = {name: prediction_cells(name, task) for name in names}
     print(table(cells, PREDICTION_FAULTS).to_markdown())
 
 
