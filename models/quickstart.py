@@ -22,6 +22,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("out"))
     parser.add_argument("--rows", type=int, default=300, help="training rows")
+    parser.add_argument("--validation-rows", type=int, default=200)
+    parser.add_argument("--test-rows", type=int, default=500)
     parser.add_argument("--epochs", type=int, default=12)
     parser.add_argument("--draws", type=int, default=10)
     parser.add_argument("--prior-scale", type=float, default=0.1)
@@ -29,7 +31,8 @@ def main() -> None:
     args = parser.parse_args()
 
     begun = time.perf_counter()
-    train, validation, test = (reviews(n, seed=10 * args.seed + k) for k, n in enumerate((args.rows, 200, 500), 1))
+    sizes = (args.rows, args.validation_rows, args.test_rows)
+    train, validation, test = (reviews(n, seed=10 * args.seed + k) for k, n in enumerate(sizes, 1))
     network, tokenizer = builtin_base(num_labels=2)
     where = {"targets": "all-linear", "layers": (4, 5)}  # every linear layer of the upper third
     lora = lb.BayesianLoRA(network, lb.LoRA(8, **where), lb.priors.Normal(1.0), tokenizer=tokenizer)
@@ -75,7 +78,7 @@ def main() -> None:
 
     best = posteriors["LowRankPrecision"]
     best.save(args.out / "posterior")
-    best.to_arviz(test.select(range(100)), draws=50).to_netcdf(args.out / "draws.nc")
+    best.to_arviz(test.select(range(min(100, len(test)))), draws=50).to_netcdf(args.out / "draws.nc")
     lb.plots.reliability_diagram(predictions).savefig(args.out / "reliability.png", dpi=150)
     table.to_csv(args.out / "table.csv")
     print(
