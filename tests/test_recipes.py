@@ -54,7 +54,7 @@ def quickstart(tmp_path_factory):
         if importlib.util.find_spec(name) is None:
             pytest.skip(f"{name} is not installed: it is in the extra 'demo'")
     folder = tmp_path_factory.mktemp("quickstart")
-    sizes = ["--rows", 16, "--validation-rows", 12, "--test-rows", 24, "--epochs", 1, "--draws", 2]
+    sizes = ["--rows", 8, "--validation-rows", 8, "--test-rows", 12, "--epochs", 1, "--draws", 2]
     return folder, ran("quickstart.py", *sizes, "--out", folder)
 
 
