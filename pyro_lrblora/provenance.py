@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import datasets
@@ -31,7 +31,7 @@ def versions(device: torch.device) -> dict[str, str]:
     """Of Python and the libraries that numbers come from, with the device and the threads, in this process."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
     machine = {"Python": platform.python_version(), "device": f"{device} {name}".strip()}
-    return machine | {"threads": str(torch.get_num_threads())} | {name: version(name) for name in LIBRARIES}
+    return machine | {"threads": str(torch.get_num_threads())} | {name: _version(name) for name in LIBRARIES}
 
 
 def data_identity(train, batches) -> dict[str, str]:
@@ -65,6 +65,13 @@ def data_hash(data) -> str:
                 digest.update(f"{name} {value.dtype} {tuple(value.shape)} ".encode())
                 digest.update(value.detach().cpu().flatten().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:  # a copy on the path, or a wheel under another name
+        return "unknown"
 
 
 def _processor() -> str:
