@@ -108,7 +108,7 @@ def state(network):
     return {name: value.clone() for name, value in network.state_dict().items()} | {
         "flags": [p.requires_grad for p in network.parameters()],
         "modes": [m.training for m in network.modules()],
-        "hooks": [len(m._forward_hooks) for m in network.modules()],
+        "hooks": [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in network.modules()],
     }
 
 

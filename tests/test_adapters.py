@@ -86,6 +86,38 @@ def test_update_equals_changed_weights(build, adapter):
 
 @pytest.mark.parametrize("adapter", ADAPTERS, ids=label)
 @pytest.mark.parametrize("build", NETWORKS)
+def test_whole_weights_without_gradients_give_what_added_updates_give(build, adapter):
+    model = lb.BayesianLoRA(build(), adapter)
+    batch = token_batches(8)[0]
+    latents = {name: 0.3 * value for name, value in random_latents(model).items()}
+    added = model.outputs(batch, latents, {}).logits
+    own, between, during = [], [], []
+    for module in model.modules.values():
+        own.append(module.weight)
+        module.register_forward_pre_hook(lambda module, args: between.append(module.weight))
+        module.register_forward_hook(lambda module, args, output: during.append(module.weight))
+    with torch.no_grad(), model.attached():
+        for _ in range(2):
+            whole = model.outputs(batch, latents, {}).logits
+    assert (added - whole).abs().max() < 1e-5
+    # Hooks that were there before see each weight on its way in as it was, on its way out as it is used.
+    assert {id(weight) for weight in between} == {id(weight) for weight in own}
+    assert {id(weight) for weight in during} - {id(weight) for weight in own}
+
+
+def test_an_error_inside_a_module_leaves_its_own_weight():
+    network = tiny_bert()
+    model = lb.BayesianLoRA(network, lb.LoRAXS(2, targets="all-linear"))
+    latents, batch, before = random_latents(model), token_batches(8)[0], state(network)
+    module = list(model.modules.values())[-1]
+    module.forward = lambda inputs: 1 / 0
+    with torch.no_grad(), pytest.raises(ZeroDivisionError):
+        model.outputs(batch, latents, {})
+    assert_same_state(before, state(network))
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS, ids=label)
+@pytest.mark.parametrize("build", NETWORKS)
 def test_rowwise_draws_equal_a_loop_of_single_draws(build, adapter):
     model = lb.BayesianLoRA(build(), adapter)
     batch = token_batches(8)[0]

@@ -8,16 +8,19 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from .checkpointing import check_checkpointing, checkpointing_without_dropout
+from .targets import weight_shape
 
 
 class Attachment:
     """Puts the adapter's updates and a head's parameters into a network, and takes them out again.
 
-    Nothing of the network is replaced or moved: forward hooks add the updates, the head's parameters are slotted
-    into their modules, base weights stop requiring gradients, and leaving the block restores all of it, so the
-    network is bit-identical afterwards. The block must reach through `backward` where gradient checkpointing, which
+    Nothing of the network is replaced or moved: forward hooks add the updates (or, where that is cheaper, hold the
+    whole weight W0 + B R A in its place while the module runs), the head's parameters are slotted into their modules,
+    base weights stop requiring gradients, and leaving the block restores all of it, so the network is bit-identical
+    afterwards. The block must reach through `backward` where gradient checkpointing, which
     works with and without dropout here, runs the layers again.
 
     Args:
@@ -55,7 +58,11 @@ class Attachment:
         ]
         self._slots: dict[tuple[nn.Module, str], Tensor] = {}
         self._frozen: dict[tuple[str, torch.device, torch.dtype], tuple] = {}
-        self._handles = [module.register_forward_hook(_Hook(self._hook, name)) for name, module in targets.items()]
+        self._merged: nn.Module | None = None  # the one that runs with its whole weight
+        self._handles = [
+            module.register_forward_pre_hook(partial(self._merge, name)) for name, module in targets.items()
+        ]
+        self._handles += [module.register_forward_hook(_Hook(self._hook, name)) for name, module in targets.items()]
         for module, leaf in self._trainable:
             module._parameters[leaf].requires_grad_(False)
         self._network.train(self._dropout)
@@ -85,15 +92,51 @@ class Attachment:
             own = self._slots.setdefault((module, leaf), module._parameters[leaf])
             module._parameters[leaf] = value.to(own.device, own.dtype)
 
+    def _merge(self, name, module, args):
+        if name not in self._latents or not merging_pays(module, args[0], self._latents[name]):
+            return
+        own = module.weight
+        left, right = (f.to(own.device, own.dtype) for f in self._bound.low_rank_factors(name, self._latents[name]))
+        if isinstance(module, Conv1D):
+            left, right = right.T, left.T
+        # One module's at a time: together they would be a second network.
+        self._merged = module
+        self._slots.setdefault((module, "weight"), own)
+        module._parameters["weight"] = torch.addmm(own, left, right)
+
     def _hook(self, name, module, args, output):
         if name not in self._latents:
+            return output
+        if self._merged is module:
+            self._merged = None
+            module._parameters["weight"] = self._slots[module, "weight"]
             return output
         # The output says where the module runs and in what: accelerate moves inputs behind the hook's back.
         key = (name, output.device, output.dtype)
         if key not in self._frozen:
             self._frozen[key] = self._bound.factors(name, output)
         inputs = args[0].to(output.device, output.dtype)
-        return output + self._bound.update(inputs, self._frozen[key], self._latents[name])
+        return self._bound.add(output, inputs, self._frozen[key], self._latents[name])
+
+
+def merging_pays(module: nn.Module, inputs: Tensor, latent: tuple[Tensor, ...]) -> bool:
+    """Whether computing W0 + B R A first is possible, exact and cheaper than adding B R A x to what W0 x is.
+
+    Not with gradients or draws of the rows' own, for weights that are packed or fetched, or where the sum would be
+    rounded to half precision. Forming it touches m n numbers, adding its product m + n for every token.
+
+    Args:
+        module: an adapted module.
+        inputs: (..., n).
+        latent: the module's own.
+    """
+    if torch.is_grad_enabled() or any(part.dim() > 2 for part in latent):
+        return False
+    plain = type(module) in (nn.Linear, Conv1D) and type(module.weight) is nn.Parameter
+    if not plain or hasattr(module, "_hf_hook") or torch.is_autocast_enabled(module.weight.device.type):
+        return False
+    m, n = weight_shape(module)
+    return module.weight.dtype in (torch.float32, torch.float64) and inputs.numel() // n * (m + n) > m * n
 
 
 def _trainable(parameter: Tensor | None) -> bool:

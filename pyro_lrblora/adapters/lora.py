@@ -100,10 +100,10 @@ class BoundLoRA:
         return (self.scaling,)
 
     @staticmethod
-    def update(inputs: Tensor, frozen: tuple[float], latent: tuple[Tensor, ...]) -> Tensor:
-        """What the adapter adds to the module's output, inputs being (B, ..., n)."""
+    def add(output: Tensor, inputs: Tensor, frozen: tuple[float], latent: tuple[Tensor, ...]) -> Tensor:
+        """The module's output (B, ..., m) with what the adapter adds to it, inputs being (B, ..., n)."""
         a, b = latent
-        return rowwise_linear(rowwise_linear(inputs, a), b) * frozen[0]
+        return torch.add(output, rowwise_linear(rowwise_linear(inputs, a), b), alpha=frozen[0])
 
     def low_rank_factors(self, module: str, latent: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         """The update W - W0 as a product (m, r) @ (r, n), float32."""

@@ -117,16 +117,19 @@ class BoundLoRAXS:
         return basis.A.to(like.device, like.dtype), basis.B.to(like.device, like.dtype)
 
     @staticmethod
-    def update(inputs: Tensor, frozen: tuple[Tensor, Tensor], latent: tuple[Tensor, ...]) -> Tensor:
-        """What the adapter adds to the module's output.
+    def add(output: Tensor, inputs: Tensor, frozen: tuple[Tensor, Tensor], latent: tuple[Tensor, ...]) -> Tensor:
+        """The module's output with what the adapter adds to it.
 
         Args:
+            output: (B, ..., m).
             inputs: (B, ..., n).
             frozen: A (r, n) and B (m, r).
             latent: R, (r, r), or (B, r, r) for a draw per row.
         """
         (a, b), (core,) = frozen, latent
-        return nn.functional.linear(rowwise_linear(nn.functional.linear(inputs, a), core), b)
+        inner = rowwise_linear(nn.functional.linear(inputs, a), core)
+        # One pass over the output: product and sum apart would write and read a second tensor of its size.
+        return torch.addmm(output.flatten(0, -2), inner.flatten(0, -2), b.T).view(output.shape)
 
     def low_rank_factors(self, module: str, latent: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         """The update W - W0 as a product (m, r) @ (r, n), float32."""
