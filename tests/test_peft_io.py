@@ -47,7 +47,8 @@ def predicted(posterior, **options):
 def check_mean(posterior, base, folder):
     posterior.export_peft(folder)
     expected = predicted(posterior, at="mean")[0]
-    torch.testing.assert_close(in_peft(base, folder), expected, atol=1e-5, rtol=1e-5)
+    # PEFT adds the update to outputs, a prediction to weights: sums in float32 of another order.
+    torch.testing.assert_close(in_peft(base, folder), expected, atol=3e-5, rtol=1e-5)
     with torch.no_grad():
         plain = posterior.model.outputs(BATCH, posterior.model.start(), posterior.head()).logits
     assert (plain - expected).abs().max() > 1e-2

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from .checkpointing import check_checkpointing, checkpointing_without_dropout
+from .checkpointing import check_checkpointing, checkpointing_modules, checkpointing_without_dropout
 from .targets import weight_shape
 
 
@@ -48,10 +48,10 @@ class Attachment:
                     "surrounding `with model.attached():` first"
                 )
         # Without gradients there is nothing to save, and checkpointing would cost a generation its key-value cache.
-        checkpointing = self._bound is not None and torch.is_grad_enabled()
-        if checkpointing:
-            check_checkpointing(self._network)
-        self._modes = [(module, module.training) for module in modules.values()]
+        gradients = torch.is_grad_enabled()
+        checkpointing = checkpointing_modules(modules.values()) if self._bound is not None and gradients else []
+        check_checkpointing(checkpointing)
+        self._modes = [(module, module.training) for module in modules.values() if module.training != self._dropout]
         # By place: an offloaded parameter is another tensor after every forward.
         self._trainable = [
             (module, leaf) for module in modules.values() for leaf, p in module._parameters.items() if _trainable(p)
@@ -59,16 +59,16 @@ class Attachment:
         self._slots: dict[tuple[nn.Module, str], Tensor] = {}
         self._frozen: dict[tuple[str, torch.device, torch.dtype], tuple] = {}
         self._merged: nn.Module | None = None  # the one that runs with its whole weight
-        self._handles = [
-            module.register_forward_pre_hook(partial(self._merge, name)) for name, module in targets.items()
-        ]
-        self._handles += [module.register_forward_hook(_Hook(self._hook, name)) for name, module in targets.items()]
+        self._handles = [module.register_forward_hook(_Hook(self._hook, name)) for name, module in targets.items()]
+        if not gradients:
+            self._handles += [m.register_forward_pre_hook(partial(self._merge, name)) for name, m in targets.items()]
         for module, leaf in self._trainable:
             module._parameters[leaf].requires_grad_(False)
-        self._network.train(self._dropout)
+        if self._modes:
+            self._network.train(self._dropout)
         self._checkpointing = ExitStack()
         if checkpointing and not self._dropout:
-            self._checkpointing.enter_context(checkpointing_without_dropout(self._network))
+            self._checkpointing.enter_context(checkpointing_without_dropout(self._network, checkpointing))
         return self
 
     def __exit__(self, *exception) -> None:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 from torch import nn
 
 
-def check_checkpointing(network: nn.Module) -> None:
-    """Raise a ValueError if the network checkpoints in the reentrant way, which gives gradients to inputs alone."""
-    for module in _checkpointing(network):
+def checkpointing_modules(modules: Iterable[nn.Module]) -> list[nn.Module]:
+    """Those of a network's modules that are set to checkpoint."""
+    return [module for module in modules if getattr(module, "gradient_checkpointing", False)]
+
+
+def check_checkpointing(modules: Iterable[nn.Module]) -> None:
+    """Raise a ValueError if a module checkpoints in the reentrant way, which gives gradients to inputs alone."""
+    for module in modules:
         if getattr(getattr(module, "_gradient_checkpointing_func", None), "keywords", {}).get("use_reentrant"):
             raise ValueError(
                 "expected gradient checkpointing with use_reentrant=False, which gives the latents their gradients, "
@@ -20,14 +25,14 @@ def check_checkpointing(network: nn.Module) -> None:
 
 
 @contextmanager
-def checkpointing_without_dropout(network: nn.Module) -> Iterator[None]:
-    """A `with` block in which a network in evaluation mode checkpoints, if it is set to.
+def checkpointing_without_dropout(network: nn.Module, modules: Iterable[nn.Module]) -> Iterator[None]:
+    """A `with` block in which a network in evaluation mode checkpoints in the modules that are set to.
 
     transformers checkpoints in training mode only, where dropout is active too. Here a layer is in training mode when
     it is asked whether to checkpoint, and is not when it runs, in backward neither.
     """
     # A stack of layers has the same flag, and dropout of its own.
-    layers = [module for module in _checkpointing(network) if isinstance(module, _layer_class())]
+    layers = [module for module in modules if isinstance(module, _layer_class())]
     functions = {layer: layer._gradient_checkpointing_func for layer in layers}
     # A layer run twice would add to a key-value cache twice.
     owners = [module for module in network.modules() if layers and hasattr(module, "config")]
@@ -48,7 +53,7 @@ def checkpointing_without_dropout(network: nn.Module) -> Iterator[None]:
 @contextmanager
 def without_checkpointing(network: nn.Module) -> Iterator[None]:
     """A `with` block in which no layer checkpoints."""
-    modules = _checkpointing(network)
+    modules = checkpointing_modules(network.modules())
     for module in modules:
         module.gradient_checkpointing = False
     try:
@@ -56,10 +61,6 @@ def without_checkpointing(network: nn.Module) -> Iterator[None]:
     finally:
         for module in modules:
             module.gradient_checkpointing = True
-
-
-def _checkpointing(network: nn.Module) -> list[nn.Module]:
-    return [module for module in network.modules() if getattr(module, "gradient_checkpointing", False)]
 
 
 def _in_evaluation_mode(layer: nn.Module, checkpoint: Callable) -> Callable:

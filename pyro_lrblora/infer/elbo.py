@@ -9,7 +9,10 @@ from dataclasses import dataclass
 import torch
 from pyro import poutine
 from pyro.infer import Trace_ELBO
+from pyro.infer.util import is_validation_enabled
 from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import prune_subsample_sites
+from pyro.util import check_model_guide_match
 from torch import Tensor
 from torch.distributions import Independent, Normal, kl_divergence
 
@@ -72,6 +75,20 @@ class PartedELBO(Trace_ELBO):
         self._bounds = []
         with Mirrored() if self.antithetic else nullcontext():
             return super().differentiable_loss(model, guide, *args, **kwargs)
+
+    def _get_trace(self, model, guide, args, kwargs):
+        if not self.closed_form:
+            return super()._get_trace(model, guide, args, kwargs)
+        # What get_importance_trace does, without the densities that the closed form stands for.
+        guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
+        model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args, **kwargs)
+        if is_validation_enabled():
+            check_model_guide_match(model_trace, guide_trace)
+        covered = {"_latents", *self.sites}
+        traces = prune_subsample_sites(model_trace), prune_subsample_sites(guide_trace)
+        for trace in traces:
+            trace.compute_log_prob(lambda name, site: name not in covered)
+        return traces
 
     def _differentiable_loss_particle(self, model_trace, guide_trace):
         log_likelihood = sum(
