@@ -74,6 +74,7 @@ def test_numbers_are_checked_compared_and_on_the_page(fitted_numbers, tmp_path):
     assert written.comparison.loc["a", "CRPS"] == pytest.approx(row(found, "CRPS").value)
     assert all(shown(float(value)) in page for value in written.comparison["NLL"])
     assert "No comparison" not in page
+    assert written.document.sections[1].blocks[0].values["rows tested"] == 40  # and not the number of batches
     assert all(check.meaning in page for check in found.checks)
 
 

@@ -68,7 +68,7 @@ def built(posterior: Posterior, test, train) -> Iterator:
             "rows fitted (N)": model.size,
             "rows fitted, sha256": record.get(ROWS),
             "labels fitted, sha256": record.get(LABELS),
-            "rows tested": len(test) if hasattr(test, "__len__") else None,
+            "rows tested": len(test) if isinstance(test, datasets.Dataset) else as_batches(test).rows,
             "training rows given": _same_rows(record, train),
         }
     )
