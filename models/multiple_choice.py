@@ -92,6 +92,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--draws", type=int, default=10)
+    parser.add_argument("--evidence-draws", type=int, default=30, help="of ELBO and LOO on training rows; 0 for none")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)
@@ -118,7 +119,8 @@ def main() -> None:
         for name in args.guides
     }
     processes.part()
-    table = lb.compare(posteriors, test, train=train, validation=validation, draws=args.draws)
+    fitted = {"train": train, "evidence_draws": args.evidence_draws} if args.evidence_draws else {}
+    table = lb.compare(posteriors, test, validation=validation, draws=args.draws, **fitted)
     print(table)
     if args.out:
         posteriors[args.guides[-1]].save(args.out)
