@@ -4,10 +4,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 DATA ?= ../shared/data
+PEERS := .venv-bench
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: test demo truth faults bench study study-small lint docs clean
+.PHONY: test demo truth faults bench bench-peers study study-small lint docs clean
 
 test: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
@@ -19,6 +20,9 @@ bench: $(VENV)/.test
 	$(BIN)/python tests/benchmarks/step_and_prediction.py
 	$(BIN)/python tests/benchmarks/guide_scale.py
 	$(BIN)/python tests/benchmarks/warm_start.py
+
+bench-peers: $(PEERS)/.peers
+	OMP_NUM_THREADS=1 $(PEERS)/bin/python tests/benchmarks/peers.py
 
 truth: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/truth.py
@@ -55,5 +59,12 @@ $(VENV)/.docs: $(VENV)/.demo
 	$(PIP) -e '.[demo,docs]'
 	@touch $@
 
+# laplace-torch asks for torchvision, which brings another torch: it goes in last, without what it asks for.
+$(PEERS)/.peers: pyproject.toml constraints.txt tests/benchmarks/peers.txt
+	$(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip --disable-pip-version-check install --quiet -c constraints.txt -e '.[demo,peft]' -r tests/benchmarks/peers.txt
+	$(PEERS)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps laplace-torch==0.3
+	@touch $@
+
 clean:
-	rm -rf $(VENV) out build dist *.egg-info
+	rm -rf $(VENV) $(PEERS) out build dist *.egg-info

@@ -60,6 +60,8 @@ def peak(work) -> tuple[float, float]:
     process = context.Process(target=run)
     process.start()
     process.join()
+    if process.exitcode:
+        raise RuntimeError(f"expected the work to end well, its process ended with {process.exitcode}")
     return queue.get()
 
 

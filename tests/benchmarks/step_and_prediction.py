@@ -18,63 +18,57 @@ import transformers
 
 import pyro_lrblora as lb
 from pyro_lrblora.infer.elbo import PartedELBO, has_closed_form
+from pyro_lrblora.infer.step import Rates, add_gradients, optimiser_of
+from pyro_lrblora.infer.step import step as move
 from pyro_lrblora.networks import builtin_base
 from pyro_lrblora.posterior import local_parameters
 from pyro_lrblora.reviews import reviews
 
 
-def peft_step(batch, rank: int):
-    """One step of PEFT LoRA on the same modules, with its head trained too; and one plain forward."""
-    network, _ = builtin_base(2)
-    names = list(lb.BayesianLoRA(network, lb.LoRA(rank, "all-linear")).modules)
+def peft_lora(network, names, rank: int):
+    """PEFT LoRA in a network's named modules, its head trained too."""
     config = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=names, modules_to_save=["classifier"])
-    lora = peft.get_peft_model(network, config).eval()
+    return peft.get_peft_model(network, config).eval()
+
+
+def peft_step(lora, batch):
+    """One step of PEFT LoRA, and one forward."""
     optimiser = torch.optim.Adam([p for p in lora.parameters() if p.requires_grad], lr=1e-4)
-    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    forward = plain_forward(lora, batch)
 
     def step():
-        loss = torch.nn.functional.cross_entropy(lora(**inputs).logits, batch["labels"])
+        with torch.enable_grad():
+            loss = torch.nn.functional.cross_entropy(forward().logits, batch["labels"])
         loss.backward()
         optimiser.step()
         optimiser.zero_grad()
 
-    @torch.no_grad()
-    def forward():
-        lora(**inputs)
-
-    return step, forward
+    return step, torch.no_grad()(forward)
 
 
-def base_forward(batch):
-    """A forward of the network without any adapter."""
-    network = builtin_base(2)[0].eval()
+def plain_forward(network, batch):
+    """A forward of a network as it is."""
     inputs = {name: value for name, value in batch.items() if name != "labels"}
-    return torch.no_grad()(lambda: network(**inputs))
+    return lambda: network(**inputs)
 
 
-def our_step(batch, adapter, guide, per_row: bool):
-    """One step of SVI as `fit` makes it; and a 10-draw prediction."""
-    network, _ = builtin_base(2)
+def our_step(network, batch, adapter, guide, per_row: bool, draws: int = 10):
+    """One step of SVI as `fit` makes it; and a prediction."""
     with pyro.settings.context(module_local_params=True):
         model = lb.BayesianLoRA(network, adapter, size=1000)
         fitted = guide(model)
         elbo = PartedELBO(has_closed_form(model, fitted), model.sites.shapes)
-    parameters = [*fitted.parameters(), *model.point_head.parameters()]
-    optimiser = torch.optim.Adam(parameters, lr=1e-4)
-    program, proposal = (model.rowwise, fitted.rowwise) if per_row else (model, fitted)
+    posterior = lb.Posterior(model, fitted, guide)
+    optimiser = optimiser_of(posterior, Rates())
+    programs = (model.rowwise, fitted.rowwise) if per_row else (model, fitted)
 
     @local_parameters
     def step():
-        with model.attached():
-            loss = elbo.differentiable_loss(program, proposal, batch) + model.head_penalty(model.head_values())
-            (loss / model.size).backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 10.0)
-        optimiser.step()
-        optimiser.zero_grad()
+        add_gradients(model, elbo, *programs, batch, (0, 1))
+        move(optimiser, 10.0)
 
-    posterior = lb.Posterior(model, fitted, guide)
     batches = lb.data.as_batches([batch])
-    return step, lambda: lb.predict(posterior, batches, draws=10)
+    return step, lambda: lb.predict(posterior, batches, draws=draws)
 
 
 def main() -> None:
@@ -83,13 +77,13 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--rank", type=int, default=8)
     args = parser.parse_args()
-    warnings.simplefilter("ignore")
-    transformers.utils.logging.disable_progress_bar()
+    quiet()
     _, tokenizer = builtin_base(2)
     batch = next(iter(lb.Batches(reviews(args.batch_size), tokenizer, batch_size=args.batch_size)))
     xs, guides = lb.LoRAXS(args.rank, targets="all-linear"), lb.guides
-    step, forward = peft_step(batch, args.rank)
-    plain = base_forward(batch)
+    names = list(lb.BayesianLoRA(builtin_base(2)[0], xs).modules)
+    step, forward = peft_step(peft_lora(builtin_base(2)[0], names, args.rank), batch)
+    plain = torch.no_grad()(plain_forward(builtin_base(2)[0].eval(), batch))
     steps, predictions = {"PEFT LoRA": step}, {"base, one forward": plain, "PEFT LoRA, one forward": forward}
     for name, adapter, guide, per_row in (
         ("LoRA, Delta", lb.LoRA(args.rank, "all-linear"), guides.Delta(), False),
@@ -99,29 +93,36 @@ def main() -> None:
         ("LoRA-XS, LowRank(8), a draw per row", xs, guides.LowRank(8), True),
         ("LoRA-XS, LowRankPrecision(8), a draw per row", xs, guides.LowRankPrecision(8), True),
     ):
-        steps[name], predict = our_step(batch, adapter, guide, per_row)
+        steps[name], predict = our_step(builtin_base(2)[0].eval(), batch, adapter, guide, per_row)
         if "LowRank" in name:
             predictions[f"{name}, 10 draws"] = predict
-    modules = len(lb.BayesianLoRA(builtin_base(2)[0], xs).modules)
-    print(
-        f"MiniLM, {modules} modules, r = {args.rank}, batch {args.batch_size} x {batch['input_ids'].shape[1]} tokens,"
-    )
+    tokens = batch["input_ids"].shape[1]
+    print(f"MiniLM, {len(names)} modules, r = {args.rank}, batch {args.batch_size} x {tokens} tokens,")
     print(f"{torch.get_num_threads()} threads, median of {args.repeats} rounds\n")
     print(table(steps, args.repeats, "training step").to_string(float_format="{:.3f}".format), "\n")
     print(table(predictions, args.repeats, "prediction").to_string(float_format="{:.3f}".format))
 
 
+def quiet() -> None:
+    """Keep load reports and warnings out of what is printed as a result."""
+    warnings.simplefilter("ignore")
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+
+
 def table(calls: dict, repeats: int, title: str) -> pd.DataFrame:
     """Median seconds of each call and the median of its ratio to the first call of the same round."""
+    # On one thread, the process's own seconds: what other processes take of the machine does not count.
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     for call in calls.values():
         call()
     rounds = []
     for _ in range(repeats):
         seconds = {}
         for name, call in calls.items():
-            begun = time.perf_counter()
+            begun = clock()
             call()
-            seconds[name] = time.perf_counter() - begun
+            seconds[name] = clock() - begun
         rounds.append(seconds)
     first = next(iter(calls))
     rows = {
