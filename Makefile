@@ -16,10 +16,13 @@ test: $(VENV)/.test
 demo: $(VENV)/.demo
 	$(BIN)/python models/quickstart.py
 
-bench: $(VENV)/.test
+bench: $(VENV)/.test $(PEERS)/.peers
 	$(BIN)/python tests/benchmarks/step_and_prediction.py
 	$(BIN)/python tests/benchmarks/guide_scale.py
 	$(BIN)/python tests/benchmarks/warm_start.py
+	OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/sweeps.py
+	OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/linear_algebra.py
+	OMP_NUM_THREADS=1 $(PEERS)/bin/python tests/benchmarks/peers.py
 
 bench-peers: $(PEERS)/.peers
 	OMP_NUM_THREADS=1 $(PEERS)/bin/python tests/benchmarks/peers.py
@@ -59,11 +62,11 @@ $(VENV)/.docs: $(VENV)/.demo
 	$(PIP) -e '.[demo,docs]'
 	@touch $@
 
-# laplace-torch asks for torchvision, which brings another torch: it goes in last, without what it asks for.
+# laplace-torch and backpack ask for torchvision, which brings another torch: all of it is named, nothing pulled in.
 $(PEERS)/.peers: pyproject.toml constraints.txt tests/benchmarks/peers.txt
 	$(PYTHON) -m venv $(PEERS)
-	$(PEERS)/bin/python -m pip --disable-pip-version-check install --quiet -c constraints.txt -e '.[demo,peft]' -r tests/benchmarks/peers.txt
-	$(PEERS)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps laplace-torch==0.3
+	$(PEERS)/bin/python -m pip --disable-pip-version-check install --quiet -c constraints.txt -e '.[demo,peft]'
+	$(PEERS)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps -r tests/benchmarks/peers.txt
 	@touch $@
 
 clean:
