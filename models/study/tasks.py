@@ -19,7 +19,7 @@ class Task:
     """One data set.
 
     Args:
-        train, test: the splits that validation rows are carved from, and that scores are made on.
+        train, test: beginnings of the names of the splits that validation rows are carved from, and that are scored.
         classes: C.
         outside: the task whose test rows are data of another kind.
         choices: whether a row is a question with choices.
@@ -71,7 +71,8 @@ class Problem:
 
 def labelled(folder: Path, split: str, task: Task) -> datasets.Dataset:
     """The rows of a split that have a label, and as many choices as the task has classes."""
-    rows = read_splits(str(folder))[split]
+    splits = read_splits(str(folder))
+    rows = next(rows for name, rows in splits.items() if name.startswith(split))  # "train_10k"
     if task.choices:
         rows = rows.filter(lambda row: len(row["choices"]) == task.classes)
     return rows.filter(lambda row: row["label"] >= 0)  # SNLI has rows without a majority

@@ -37,8 +37,8 @@ def report(
 
     Args:
         posteriors: name -> what a fit returned; the first is examined, all are compared.
-        test, train, validation, outside, reference, random, votes, gradient_batches, draws, evidence_draws, seed,
-            tokenizer: as for diagnose; the evidence of the others is left out.
+        test, train, validation, outside, reference, random, votes: as for diagnose.
+        gradient_batches, draws, evidence_draws, seed, tokenizer: likewise; the evidence of the others is left out.
         path: ends in .html for one self-contained file, or in .md for Markdown with its pictures in a folder beside it.
         title: of the page.
 
