@@ -11,7 +11,7 @@ export TOKENIZERS_PARALLELISM := false
 .PHONY: test demo truth faults bench bench-peers study study-small lint docs clean
 
 test: $(VENV)/.test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --durations 15
 
 demo: $(VENV)/.demo
 	$(BIN)/python models/quickstart.py
