@@ -145,14 +145,14 @@ def test_families_against_nuts_on_a_network_that_is_not_linear(reference, prior)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", lb.ScalesNotConverged)
             rates = lb.Rates(loc=0.02, scale=0.02, factor=0.02)
-            posterior = lb.fit(model, train, guide=guide, epochs=1500, rates=rates, progress=False)
+            posterior = lb.fit(model, train, guide=guide, epochs=800, rates=rates, progress=False)
         found = against_reference(posterior, nuts, test)
         distance[type(guide).__name__] = found.correlation_error
         assert found.mean_error.abs().mean() < 0.4, (guide, found.table)
         assert 0.6 < found.log_sd_ratio.mean().exp() < 1.1, (guide, found.table)
         assert found.total_variation < 0.03, (guide, found.table)
     if isinstance(prior, lb.priors.Normal):
-        point = lb.fit(model, train, guide=lb.guides.Delta(), epochs=1500, rates=lb.Rates(loc=0.02), progress=False)
+        point = lb.fit(model, train, guide=lb.guides.Delta(), epochs=800, rates=lb.Rates(loc=0.02), progress=False)
         laplace = lb.infer.laplace(model, train, structure="full", init=point)
         assert against_reference(laplace, nuts, test).total_variation < 0.05
     assert distance["FullRank"] < 0.75 * distance["Diagonal"]
