@@ -126,7 +126,7 @@ def reference():
             model, train, test = two_layer_problem(prior)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                nuts = lb.infer.nuts(model, train, draws=500, warmup=300, chains=2, progress=False)
+                nuts = lb.infer.nuts(model, train, draws=300, warmup=200, chains=2, progress=False)
             found[repr(prior)] = model, train, test, nuts
         return found[repr(prior)]
 
