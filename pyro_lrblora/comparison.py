@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 import pandas as pd
 
 from . import metrics
+from .adapters.lora import lora_parameters
 from .adapters.targets import weight_shape
 from .data import as_batches
 from .evidence import check_fitted_rows, importance, psis_loo, why_no_density
@@ -234,7 +235,7 @@ def _evidence(
 
 def _costs(posterior: Posterior) -> dict[str, float]:
     counts, history = posterior.parameter_counts(), posterior.history
-    lora = sum(8 * sum(weight_shape(module)) for module in posterior.model.modules.values())
+    lora = lora_parameters(map(weight_shape, posterior.model.modules.values()))
     seconds = sum(row.get("seconds", 0.0) for row in history)
     # Every member of an ensemble counts its steps from one.
     steps = sum({row.get("member"): row.get("step", 0) for row in history}.values())

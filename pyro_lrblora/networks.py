@@ -41,9 +41,12 @@ class MeanPoolClassifier(nn.Module):
         flat = {name: value.flatten(0, -2) for name, value in inputs.items()}
         input_ids, attention_mask = input_ids.flatten(0, -2), attention_mask.flatten(0, -2)
         hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask, **flat).last_hidden_state
-        mask = attention_mask.unsqueeze(-1).to(hidden.dtype)
-        pooled = (hidden * mask).sum(1) / mask.sum(1).clamp(min=1)
-        logits = self.classifier(pooled)
+        return self.classified(hidden, attention_mask, items)
+
+    def classified(self, hidden: Tensor, mask: Tensor, items: torch.Size) -> SequenceClassifierOutput:
+        """Logits from the last hidden states (N, T, H) and their mask (N, T), N the rows of items (B,) or (B, C)."""
+        mask = mask.unsqueeze(-1).to(hidden.dtype)
+        logits = self.classifier((hidden * mask).sum(1) / mask.sum(1).clamp(min=1))
         return SequenceClassifierOutput(logits=logits.view(items) if len(items) == 2 else logits)
 
 

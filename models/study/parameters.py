@@ -12,6 +12,7 @@ import pandas as pd
 import torch
 from transformers import AutoModel, BertConfig, LlamaConfig, RobertaConfig
 
+from pyro_lrblora.adapters.lora import lora_parameters
 from pyro_lrblora.adapters.targets import find_targets, weight_shape
 
 # Name: the config, and the modules that the papers adapt ("all-linear" for MiniLM, as in the study).
@@ -39,11 +40,11 @@ def rows(ranks: Sequence[int], columns: Sequence[int]) -> Iterator[dict[str, obj
         with torch.device("meta"):
             network = AutoModel.from_config(config)
         shapes = [weight_shape(module) for module in find_targets(network, targets, exclude=("pooler.dense",)).values()]
-        lora = sum(8 * (m + n) for m, n in shapes)
+        lora = lora_parameters(shapes)
         for rank in ranks:
-            frozen = sum(rank * (m + n) for m, n in shapes)
+            # A and B have as many numbers as LoRA of that rank.
+            latents, frozen = len(shapes) * rank**2, lora_parameters(shapes, rank)
             for k in columns:
-                latents = len(shapes) * rank**2
                 yield {
                     "network": name,
                     "modules": len(shapes),

@@ -28,6 +28,8 @@ from tasks import TASKS, Problem, problem  # noqa: E402
 
 import pyro_lrblora as lb  # noqa: E402
 from pyro_lrblora import metrics  # noqa: E402
+from pyro_lrblora.adapters.lora import lora_parameters  # noqa: E402
+from pyro_lrblora.adapters.targets import weight_shape  # noqa: E402
 from pyro_lrblora.diagnostics import against_votes, out_of_distribution  # noqa: E402
 from pyro_lrblora.guides.ensemble import EnsembleGuide  # noqa: E402
 
@@ -177,7 +179,7 @@ def figures(prediction: lb.Prediction) -> dict[str, float]:
 def costs(posterior: lb.Posterior) -> dict[str, float]:
     """Numbers of parameters: of the posterior, of LoRA r = 8 on the same modules, of the head."""
     counts = posterior.parameter_counts()
-    lora = sum(8 * (module.in_features + module.out_features) for module in posterior.model.modules.values())
+    lora = lora_parameters(map(weight_shape, posterior.model.modules.values()))
     return {"parameters": counts["posterior"], "head": counts["head"], "LoRA r=8": lora}
 
 

@@ -16,6 +16,7 @@ from matplotlib import pyplot as plt  # noqa: E402
 
 OURS = "LowRankPrecision"
 REFERENCE = "LoRA"
+CURVES = (REFERENCE, "LoRA-XS", "Diagonal", "LowRank", OURS)  # whose history is one fit, of what the row shows
 _FIRST = ("draws", "linearised", "point")  # the row of a run that stands for its method
 
 
@@ -178,7 +179,7 @@ def convergence(finished: Sequence[Mapping]) -> pd.DataFrame:
     curves_of = {}
     for run in _of(finished, "scores"):
         at, curve = run["settings"], run["rows"]["fit"]["curve"]
-        if curve:
+        if curve and at["method"] in CURVES:
             curves_of[at["task"], at["seed"], at["method"]] = np.asarray(curve)
     rows = []
     for (task, seed, method), curve in curves_of.items():
@@ -217,7 +218,7 @@ def curves(finished: Sequence[Mapping], path: Path) -> None:
     lines: dict[str, dict[str, list]] = {}
     for run in _of(finished, "scores"):
         at, curve = run["settings"], run["rows"]["fit"]["curve"]
-        if curve and at["method"] in (REFERENCE, "LoRA-XS", "Diagonal", "LowRank", OURS):
+        if curve and at["method"] in CURVES:
             lines.setdefault(at["task"], {}).setdefault(at["method"], []).append(np.asarray(curve))
     if not lines:
         return

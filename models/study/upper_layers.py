@@ -10,12 +10,11 @@ from torch.nn.functional import pad
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from pyro_lrblora.data import EncodedBatches
+from pyro_lrblora.networks import MeanPoolClassifier
 
 
-class UpperLayers(nn.Module):
-    """The last layers of a BERT encoder, mean pooling over a row's tokens, and a linear head.
-
-    What networks.MeanPoolClassifier computes, from where `LowerStates` stopped.
+class UpperLayers(MeanPoolClassifier):
+    """The last layers of a BERT encoder in the place of the whole of it, from where `LowerStates` stopped.
 
     Args:
         encoder: a BertModel, whose modules are shared.
@@ -24,27 +23,17 @@ class UpperLayers(nn.Module):
     """
 
     def __init__(self, encoder: nn.Module, below: int, num_labels: int):
-        super().__init__()
-        self.layers = encoder.encoder.layer[below:]
-        self.classifier = nn.Linear(encoder.config.hidden_size, num_labels)
-        nn.init.zeros_(self.classifier.weight)
-        nn.init.zeros_(self.classifier.bias)
-
-    @property
-    def base_model(self) -> nn.Module:
-        """What is pretrained; the rest is the head."""
-        return self.layers
+        super().__init__(encoder, num_labels)
+        self.encoder = encoder.encoder.layer[below:]
 
     def forward(self, hidden: Tensor, attention_mask: Tensor) -> SequenceClassifierOutput:
         """Logits (B, C) from the lower layers' output hidden (B, T, H) or (B, C, T, H) and its mask."""
         items = attention_mask.shape[:-1]
         hidden, mask = hidden.flatten(0, -3), attention_mask.flatten(0, -2)
         additive = _additive(mask, hidden.dtype)
-        for layer in self.layers:
+        for layer in self.encoder:
             hidden = layer(hidden, additive)
-        mask = mask.unsqueeze(-1).to(hidden.dtype)
-        logits = self.classifier((hidden * mask).sum(1) / mask.sum(1).clamp(min=1))
-        return SequenceClassifierOutput(logits=logits.view(items) if len(items) == 2 else logits)
+        return self.classified(hidden, mask, items)
 
 
 class LowerStates(EncodedBatches):

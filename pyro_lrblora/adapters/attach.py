@@ -20,8 +20,8 @@ class Attachment:
     Nothing of the network is replaced or moved: forward hooks add the updates (or, where that is cheaper, hold the
     whole weight W0 + B R A in its place while the module runs), the head's parameters are slotted into their modules,
     base weights stop requiring gradients, and leaving the block restores all of it, so the network is bit-identical
-    afterwards. The block must reach through `backward` where gradient checkpointing, which
-    works with and without dropout here, runs the layers again.
+    afterwards. The block must reach through `backward` where gradient checkpointing, which works with and without
+    dropout here, runs the layers again.
 
     Args:
         network: the transformer.

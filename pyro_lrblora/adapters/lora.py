@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -13,6 +13,11 @@ from torch import Tensor, nn
 from ..latents import LatentSites
 from .lora_xs import rowwise_linear
 from .targets import weight_shape
+
+
+def lora_parameters(shapes: Iterable[tuple[int, int]], rank: int = 8) -> int:
+    """How many parameters LoRA has on modules with weights (m, n), r (m + n) each: what others are counted against."""
+    return sum(rank * (m + n) for m, n in shapes)
 
 
 @dataclass(frozen=True)

@@ -95,6 +95,16 @@ def sentence(text: str) -> str:
     return text[:1].upper() + text[1:].rstrip(".") + "."
 
 
+def against_simpler(losses: np.ndarray, simpler: np.ndarray) -> tuple[float, float, float, str]:
+    """Are losses (N,) below a simpler model's? Their mean, its mean, that less two standard errors, and the verdict.
+
+    What knows nothing is below a simpler model by chance every other time, hence the standard errors.
+    """
+    value, base = float(losses.mean()), float(simpler.mean())
+    limit = base - 2 * error(losses - simpler)
+    return value, base, limit, "good" if value < limit else "warning" if value < base else "bad"
+
+
 def error(values: np.ndarray) -> float:
     """Standard error of the mean; 0 of one row, so that a limit made of it stays a number."""
     return float(np.nan_to_num(standard_error(values)))

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 
 from ..predictions import NumberPrediction, Prediction, TokenPrediction
-from .findings import Findings, error, unchecked
+from .findings import Findings, against_simpler, error, unchecked
 from .intervals import LEVEL
 from .prediction_rules import CLASSES, against_mean
 from .texts import text_scores
@@ -37,9 +37,7 @@ def _numbers_alone(f: Findings):
         yield unchecked("NLL", "the test labels are all the same: there is nothing to tell apart")
         return
     base = 0.5 * np.log(2 * np.pi) + np.log(sd) + np.square((labels - labels.mean()) / sd) / 2
-    value, alone = float(losses.mean()), float(base.mean())
-    limit = alone - 2 * error(losses - base)
-    verdict = "good" if value < limit else "warning" if value < alone else "bad"
+    value, alone, limit, verdict = against_simpler(losses, base)
     yield (
         "NLL (nats per row)", value, f"< {limit:.3f}", verdict,
         f"One normal for all rows, at the mean and sd of the test labels, has {alone:.3f}, less two standard errors of "
@@ -105,10 +103,7 @@ def _variance_share(f: Findings):
 
 
 def _perplexity(f: Findings):
-    losses, base = f.prediction.losses()["NLL"], f.at_base.losses()["NLL"]
-    value, before = float(losses.mean()), float(base.mean())
-    limit = before - 2 * error(losses - base)
-    verdict = "good" if value < limit else "warning" if value < before else "bad"
+    value, before, limit, verdict = against_simpler(f.prediction.losses()["NLL"], f.at_base.losses()["NLL"])
     words = f"Perplexity is {np.exp(value):.4g}, the pretrained network's {np.exp(before):.4g}"
     if f.at_mean is not None:
         words += f", that at the posterior mean {np.exp(f.at_mean.nll):.4g}"

@@ -6,7 +6,7 @@ import numpy as np
 
 from .. import metrics
 from ..predictions import TokenPrediction
-from .findings import Findings, error, unchecked
+from .findings import Findings, against_simpler, error, unchecked
 
 TEMPERATURE = (0.8, 1.25)  # outside of which scaling changes the probabilities visibly
 LIKELIHOOD_RATIO = 1.92  # nats that one free parameter gains by chance in 19 of 20 data sets
@@ -53,13 +53,10 @@ def _against_simple(f: Findings):
         return
     labels, losses = np.asarray(p.labels), p.losses()["NLL"]
     shares = np.bincount(labels, minlength=p.probs.shape[1]) / len(labels)
-    value, base = float(losses.mean()), float(-np.log(shares[labels]).mean())
+    value, base, limit, verdict = against_simpler(losses, -np.log(shares[labels]))
     if base == 0:
         yield unchecked("NLL", "the test rows have one class only: there is nothing to tell apart")
     else:
-        # What does not depend on the text at all is below its own label shares by chance every other time.
-        limit = base - 2 * error(losses + np.log(shares[labels]))
-        verdict = "good" if value < limit else "warning" if value < base else "bad"
         yield (
             "NLL (nats per row)", value, f"< {limit:.3f}", verdict,
             f"The label shares alone have {base:.3f}, less two standard errors of the difference is the threshold; "
@@ -99,7 +96,7 @@ def _draws(f: Findings):
         return
     verdict = "good" if enough is not None else "warning"
     yield (
-        "draws that are enough", draws if enough is None else enough, f"≤ {draws}", verdict,
+        "draws that are enough", enough or f"more than {draws}", f"≤ {draws}", verdict,
         f"The least number of draws whose NLL is within {f.sweep.tolerance:.4f} nats per row of all {draws}.",
         "" if enough else f"Predict with more than {draws} draws.",
     )  # fmt: skip
