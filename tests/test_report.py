@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from test_evidence import exact, posterior_at
 
 import pyro_lrblora as lb
 from pyro_lrblora.diagnostics import against_votes, calibration, gradient_noise, structure
+from pyro_lrblora.diagnostics.verdicts import verdicts
 from pyro_lrblora.evidence import importance
 from pyro_lrblora.formatting import shown
 
@@ -48,6 +50,16 @@ def test_the_rows_are_what_the_functions_return(fitted):
     assert "against a reference posterior" in unchecked
     assert len(json.loads(found.to_json())) == len(found.table) == len(found.checks)
     assert all(f"[{check.verdict}] {check.check}" in repr(found) for check in found.checks)
+
+
+def test_draws_are_enough_where_fewer_would_do(fitted):
+    data, posterior, _ = fitted
+    findings = lb.diagnose(posterior, data["test"], draws=4).findings
+    noisy = replace(findings.sweep, table=findings.sweep.table.assign(**{"NLL SE": 1.0}))
+    for sweep, value, verdict in ((findings.sweep, 1, "good"), (noisy, "4 or more", "warning")):
+        rows = verdicts(replace(findings, sweep=sweep))
+        check = next(each for each in rows if each.check == "draws that are enough")
+        assert (check.value, check.threshold, check.verdict) == (value, "< 4", verdict)
 
 
 @pytest.mark.parametrize(("factor", "word"), [(0.25, "bad"), (1.0, "good"), (4.0, "bad")])

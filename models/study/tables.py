@@ -1,9 +1,12 @@
-"""The study's tables and figures, from its lines alone: python models/study/tables.py out/study/runs.jsonl"""
+"""The study's tables and figures, from its lines alone.
+
+python models/study/tables.py docs/results/study.jsonl --out out/study
+"""
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -271,11 +274,14 @@ def _wide(table: pd.DataFrame) -> str:
     return pd.Series(rows, name="value: validation NLL").to_markdown()
 
 
-def main(argv: Sequence[str]) -> None:
-    path = Path(argv[0])
-    write_tables([json.loads(line) for line in path.read_text().splitlines()], path.parent)
-    print((path.parent / "tables.md").read_text())
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("lines", type=Path)
+    parser.add_argument("--out", type=Path, default=Path("out/study"))
+    args = parser.parse_args()
+    write_tables([json.loads(line) for line in args.lines.read_text().splitlines()], args.out)
+    print((args.out / "tables.md").read_text())
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

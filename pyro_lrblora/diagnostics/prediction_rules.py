@@ -96,7 +96,7 @@ def _draws(f: Findings):
         return
     verdict = "good" if enough is not None else "warning"
     yield (
-        "draws that are enough", enough or f"more than {draws}", f"≤ {draws}", verdict,
+        "draws that are enough", enough or f"{draws} or more", f"< {draws}", verdict,
         f"The least number of draws whose NLL is within {f.sweep.tolerance:.4f} nats per row of all {draws}.",
         "" if enough else f"Predict with more than {draws} draws.",
     )  # fmt: skip
