@@ -44,17 +44,17 @@ def shared():
     return SHARED
 
 
-def tiny_bert(classes: int = 3, seed: int = 1) -> nn.Module:
+def tiny_bert(classes: int = 3, seed: int = 1, width: int = 16, intermediate: int = 24) -> nn.Module:
     torch.manual_seed(seed)
     config = transformers.BertConfig(
         vocab_size=60,
-        hidden_size=16,
+        hidden_size=width,
         num_hidden_layers=2,
         num_attention_heads=2,
-        intermediate_size=24,
+        intermediate_size=intermediate,
         max_position_embeddings=32,
         num_labels=classes,
-        initializer_range=0.3,
+        initializer_range=1.2 / width**0.5,
     )
     return transformers.BertForSequenceClassification(config).eval()
 

@@ -219,21 +219,26 @@ def test_latents_and_factors_follow_their_layer(adapter, rows):
 # --- quantised weights
 
 
+def wide_bert():
+    """Rows are whole blocks of 64: on CPUs with AVX-512 bitsandbytes 0.50 dequantises others wrongly."""
+    return tiny_bert(width=64, intermediate=128)
+
+
 def quantised_by_bitsandbytes(bits: int):
     bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
-    network = tiny_bert()
+    network = wide_bert()
     for name, linear in find_targets(network, "all-linear", exclude=["classifier"]).items():
         m, n = weight_shape(linear)
         kind = bnb.nn.Linear4bit if bits == 4 else bnb.nn.Linear8bitLt
         new = kind(n, m, **({"quant_type": "nf4"} if bits == 4 else {"has_fp16_weights": False}))
         new.load_state_dict(linear.state_dict())
         network.set_submodule(name, new.to("cpu"))
-    return network.requires_grad_(False)
+    return network.eval().requires_grad_(False)
 
 
 def quantised_by_torchao():
     quantization = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
-    network = tiny_bert()
+    network = wide_bert()
     inside = lambda module, name: isinstance(module, nn.Linear) and "classifier" not in name
     quantization.quantize_(network, quantization.Int8WeightOnlyConfig(), inside)
     return network
@@ -249,7 +254,7 @@ def quantised_by_torchao():
     ids=["bitsandbytes 4 bit", "bitsandbytes 8 bit", "torchao 8 bit"],
 )
 def test_a_quantised_base(build, error, tmp_path):
-    network, plain = build(), tiny_bert()
+    network, plain = build(), wide_bert()
     for name, module in find_targets(plain, "all-linear", exclude=["classifier"]).items():
         stored = network.get_submodule(name)
         assert weight_shape(stored) == module.weight.shape
@@ -269,6 +274,21 @@ def test_a_quantised_base(build, error, tmp_path):
     if error > 0.1:  # what is nearer than 2% is the same base
         with pytest.raises(ValueError, match="expected the base this posterior was fitted on"):
             lb.Posterior.load(tmp_path, plain)
+
+
+def test_weights_packed_for_inference_are_refused():
+    network = quantised_by_bitsandbytes(4)
+    layer = network.bert.encoder.layer[0].output.dense
+    if not layer.support_avx512bf16_for_cpu:
+        pytest.skip("bitsandbytes packs weights on CPUs with AVX-512 BF16 only")
+    for adapter in (lb.LoRAXS(2, DCT(), "all-linear"), lb.LoRA(2, "all-linear")):
+        lb.fit(lb.BayesianLoRA(network, adapter), DATA, **QUICK)
+        assert layer.support_avx512bf16_for_cpu
+    with torch.no_grad():
+        layer(torch.zeros(1, 128))
+    for adapter in (lb.LoRAXS(2, Gradient(), "all-linear"), lb.LoRA(2, "all-linear")):
+        with pytest.raises(ValueError, match="packed for inference"):
+            lb.fit(lb.BayesianLoRA(network, adapter), DATA, **QUICK)
 
 
 def test_a_quantised_head_is_refused():

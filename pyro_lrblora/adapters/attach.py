@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from .checkpointing import check_checkpointing, checkpointing_modules, checkpointing_without_dropout
-from .targets import weight_shape
+from .targets import check_differentiable, weight_shape
 
 
 class Attachment:
@@ -30,7 +30,7 @@ class Attachment:
 
     Raises:
         RuntimeError: a module already carries an adapter.
-        ValueError: gradient checkpointing that would lose the latents' gradients.
+        ValueError: gradient checkpointing, or weights packed for inference, that would lose the latents' gradients.
     """
 
     def __init__(self, network: nn.Module, bound, dropout: bool = False):
@@ -47,6 +47,8 @@ class Attachment:
                     f"module {name!r} already carries an adapter: expected one attached model at a time, leave the "
                     "surrounding `with model.attached():` first"
                 )
+        for module in modules.values():
+            check_differentiable(module)
         # Without gradients there is nothing to save, and checkpointing would cost a generation its key-value cache.
         gradients = torch.is_grad_enabled()
         checkpointing = checkpointing_modules(modules.values()) if self._bound is not None and gradients else []
@@ -56,12 +58,16 @@ class Attachment:
         self._trainable = [
             (module, leaf) for module in modules.values() for leaf, p in module._parameters.items() if _trainable(p)
         ]
+        # bitsandbytes would pack 4 bit weights for inference, in place and not to be undone exactly.
+        self._packing = [m for m in modules.values() if getattr(m, "support_avx512bf16_for_cpu", False)]
         self._slots: dict[tuple[nn.Module, str], Tensor] = {}
         self._frozen: dict[tuple[str, torch.device, torch.dtype], tuple] = {}
         self._merged: nn.Module | None = None  # the one that runs with its whole weight
         self._handles = [module.register_forward_hook(_Hook(self._hook, name)) for name, module in targets.items()]
         if not gradients:
             self._handles += [m.register_forward_pre_hook(partial(self._merge, name)) for name, m in targets.items()]
+        for module in self._packing:
+            module.support_avx512bf16_for_cpu = False
         for module, leaf in self._trainable:
             module._parameters[leaf].requires_grad_(False)
         if self._modes:
@@ -79,6 +85,8 @@ class Attachment:
             module._parameters[leaf] = parameter
         for module, leaf in self._trainable:
             module._parameters[leaf].requires_grad_(True)
+        for module in self._packing:
+            module.support_avx512bf16_for_cpu = True
         for module, training in self._modes:
             module.training = training
         self._latents, self._frozen = {}, {}

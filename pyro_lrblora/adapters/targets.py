@@ -40,6 +40,16 @@ def weight_shape(module: nn.Module) -> tuple[int, int]:
     return module.out_features, module.in_features
 
 
+def check_differentiable(module: nn.Module) -> None:
+    """Raise a ValueError for 4 bit weights that bitsandbytes has packed for inference on a CPU with AVX-512."""
+    if getattr(getattr(module, "quant_state", None), "packing_format_for_cpu", False):
+        raise ValueError(
+            "expected 4 bit weights through which gradients can flow, got some that bitsandbytes has packed for "
+            "inference, which it does in place when the network runs in eval mode on this CPU; load the network again, "
+            "and fit before anything else is run with it"
+        )
+
+
 def device_of(module: nn.Module) -> torch.device:
     """Where a module runs: the device of its weight, or the one that accelerate fetches an offloaded weight to."""
     if not module.weight.is_meta or not hasattr(module, "_hf_hook"):
@@ -149,6 +159,7 @@ def _from_bitsandbytes(module: nn.Module) -> Tensor:
     if hasattr(weight, "quant_state"):
         if weight.quant_state is None:  # not packed yet: that happens when the module is first moved
             return weight.data
+        check_differentiable(module)
         return bitsandbytes.functional.dequantize_4bit(weight.data, weight.quant_state)
     # The first forward moves the rows' scales from the weight to the module's state.
     scales = module.state.SCB if weight.SCB is None else weight.SCB
