@@ -80,14 +80,24 @@ class RotatedCovariance:
     def times(self, vectors: Tensor) -> Tensor:
         """The covariance times flat vectors (..., r c)."""
         matrix = vectors.unflatten(-1, self.scale.shape[-2:])
-        inner = self.scale.square() * (self.left.mT @ matrix @ self.right)
-        return (self.left @ inner @ self.right.mT).flatten(-2)
+        inner = self.scale.square() * _times(_times(matrix, self.right).mT, self.left).mT
+        return _times(_times(inner, self.right.mT).mT, self.left.mT).mT.flatten(-2)
 
     def dense(self) -> Tensor:
         """The (..., r c, r c) matrix."""
         root = torch.einsum("...ij,...kl->...ikjl", self.left, self.right).flatten(-4, -3).flatten(-2)
         root = root * self.scale.flatten(-2).unsqueeze(-2)
         return root @ root.mT
+
+
+def _times(matrices: Tensor, factor: Tensor) -> Tensor:
+    """Matrices (S..., ..., r, c) times factors (..., c, c), which a broadcast product would copy S... times."""
+    draws = matrices.shape[: matrices.dim() - factor.dim()]
+    if not draws:
+        return matrices @ factor
+    together = matrices.flatten(0, len(draws) - 1).movedim(0, -3)
+    product = together.flatten(-3, -2) @ factor
+    return product.unflatten(-2, together.shape[-3:-1]).movedim(-3, 0).unflatten(0, draws)
 
 
 @dataclass(frozen=True)
