@@ -130,6 +130,18 @@ def test_a_classifier(point, structure):
     assert torch.equal(posterior.head()["classifier.weight"], point.head()["classifier.weight"])
 
 
+@pytest.mark.parametrize("scale", [1e-7, 1e-3, 1e3, 1e7])
+def test_the_tuned_prior_does_not_depend_on_the_prior_it_came_with(point, scale):
+    batches = token_batches(24)
+    far = point_at(point.model.with_prior(lb.priors.Normal(scale)), batches, point.guide.loc.detach())
+    near = point_at(point.model, batches, point.guide.loc.detach())
+    tuned = [
+        lb.infer.laplace(start.model, batches, prior_precision="marginal_likelihood", init=start).model.prior.scale
+        for start in (far, near)
+    ]
+    assert tuned[0] == pytest.approx(tuned[1], rel=1e-2)
+
+
 @pytest.mark.parametrize("tuning", ["marginal_likelihood", "per_module"])
 @pytest.mark.parametrize("structure", STRUCTURES)
 def test_the_tuned_prior_has_the_greatest_evidence(point, structure, tuning):

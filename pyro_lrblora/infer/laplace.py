@@ -154,13 +154,14 @@ def _best_scales(model: BayesianLoRA, curvature, at: Tensor, per_module: bool) -
     expand = torch.cat([torch.full((int(n),), int(m)) for n, m in zip(sizes, owner, strict=True)])
     precision = _prior_precision(model)
     start = torch.stack([precision.double().log()[expand == m].mean() for m in range(modules)])
-    log_precision = start.clone().requires_grad_()
+    # A module that the data do not move wants an infinite precision. The start is inside, where there is a gradient.
+    lowest, highest = (power * math.log(10) for power in (-12, 12))
+    log_precision = start.clamp(lowest + 1, highest - 1).requires_grad_()
     optimiser = torch.optim.LBFGS([log_precision], max_iter=200, line_search_fn="strong_wolfe")
 
     def minus_evidence():
         optimiser.zero_grad()
-        # Kept between 1e-6 and 1e12: a module that the data do not move wants an infinite precision.
-        bounded = log_precision.clamp(-6 * math.log(10), 12 * math.log(10))
+        bounded = log_precision.clamp(lowest, highest)
         each = bounded[owner]
         log_prior = 0.5 * (sizes * each - each.exp() * squares).sum()
         value = 0.5 * curvature.log_det(bounded.exp()[expand].to(at)).double() - log_prior
@@ -169,5 +170,5 @@ def _best_scales(model: BayesianLoRA, curvature, at: Tensor, per_module: bool) -
 
     with torch.enable_grad():
         optimiser.step(minus_evidence)
-    scales = (-0.5 * log_precision.detach().clamp(-6 * math.log(10), 12 * math.log(10))).exp().tolist()
+    scales = (-0.5 * log_precision.detach().clamp(lowest, highest)).exp().tolist()
     return tuple(scales) if per_module else scales[0]
