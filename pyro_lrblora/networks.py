@@ -45,9 +45,14 @@ class MeanPoolClassifier(nn.Module):
 
     def classified(self, hidden: Tensor, mask: Tensor, items: torch.Size) -> SequenceClassifierOutput:
         """Logits from the last hidden states (N, T, H) and their mask (N, T), N the rows of items (B,) or (B, C)."""
-        mask = mask.unsqueeze(-1).to(hidden.dtype)
-        logits = self.classifier((hidden * mask).sum(1) / mask.sum(1).clamp(min=1))
+        logits = self.classifier(self.pooled(hidden, mask))
         return SequenceClassifierOutput(logits=logits.view(items) if len(items) == 2 else logits)
+
+    @staticmethod
+    def pooled(hidden: Tensor, mask: Tensor) -> Tensor:
+        """Means (N, H) of hidden states (N, T, H) over the tokens that the mask (N, T) shows."""
+        mask = mask.unsqueeze(-1).to(hidden.dtype)
+        return (hidden * mask).sum(1) / mask.sum(1).clamp(min=1)
 
 
 class AnswerScorer(nn.Module):

@@ -54,6 +54,31 @@ def test_upper_layers_on_cached_states_are_the_network(script):
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
 
 
+def test_a_pair_is_two_texts_compared(script):
+    upper, pairs = script("upper_layers"), script("pairs")
+    classifier, tokenizer = builtin_base(3)
+    rows = tiny_reviews(6)
+    texts = {"premise": list(rows["text"]), "hypothesis": ["a film", "dull"] * 3, "label": [0, 1, 2] * 2}
+    states = upper.LowerStates(
+        pairs.Pairs(datasets.Dataset.from_dict(texts), tokenizer, 24), classifier.encoder, 4, 4, None
+    )
+    network = upper.UpperLayers(classifier.encoder, 4, 3, compared=True).eval()
+    torch.manual_seed(0)
+    torch.nn.init.normal_(network.classifier.weight)
+    assert states.labels.tolist() == texts["label"]
+
+    def mean(column):
+        batch = tokenizer(texts[column], padding=True, return_tensors="pt")
+        hidden, mask = classifier.encoder(**batch).last_hidden_state, batch["attention_mask"].unsqueeze(-1)
+        return (hidden * mask).sum(1) / mask.sum(1)
+
+    with torch.no_grad():
+        found = torch.cat([network(batch["hidden"], batch["attention_mask"]).logits for batch in states.in_order()])
+        u, v = mean("premise"), mean("hypothesis")
+        wanted = network.classifier(torch.cat([u, v, (u - v).abs()], 1))
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+
+
 def test_rows_of_a_split_stay_apart(script, shared):
     tasks = script("tasks")
     args = argparse.Namespace(data=str(shared / "data"), base="builtin", frozen_layers=5, batch_size=8, max_length=24,

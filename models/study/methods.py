@@ -131,11 +131,11 @@ def swag(adapter, point_rate: float) -> Callable[[Fits, float], lb.Posterior]:
     return fit
 
 
-def laplace(adapter) -> Callable[[Fits, float], lb.Posterior]:
-    """Kronecker Laplace around the point, prior precision by marginal likelihood."""
+def laplace(adapter, rate: float) -> Callable[[Fits, float], lb.Posterior]:
+    """Kronecker Laplace around a point under a prior, whose precision is then chosen by marginal likelihood."""
 
-    def fit(fits: Fits, rate: float) -> lb.Posterior:
-        point = fits.point(adapter, rate)
+    def fit(fits: Fits, scale: float) -> lb.Posterior:
+        point = fits.fit(fits.model(adapter, lb.priors.Normal(scale)), G.Delta(), rates=lb.Rates(loc=rate))
         return lb.infer.laplace(
             point.model, fits.problem.train, structure="kron", prior_precision="marginal_likelihood", init=point,
             seed=fits.problem.seed,
@@ -169,10 +169,10 @@ METHODS = {
     ),
     "BLoB-like": Method(blob, "prior scale", (0.2, 0.5, 1.0)),
     "SWAG-LoRA": Method(swag(LORA, 1e-3), "rate", LORA_RATES),
-    "Laplace-LoRA": Method(laplace(LORA), "rate", LORA_RATES, predict="linearised", tuned_as="LoRA"),
+    "Laplace-LoRA": Method(laplace(LORA, 1e-3), "prior scale", PRIOR_SCALES, predict="linearised"),
     "LoRA-XS": Method(lambda fits, rate: fits.point(LORA_XS, rate), "rate", XS_RATES),
     "LR-BLoRA": Method(swag(LORA_XS, 3e-3), "rate", XS_RATES),
-    "L-LoRA-XS": Method(laplace(LORA_XS), "rate", XS_RATES, predict="linearised", tuned_as="LoRA-XS"),
+    "L-LoRA-XS": Method(laplace(LORA_XS, 3e-3), "prior scale", PRIOR_SCALES, predict="linearised"),
     "Diagonal": ours(G.Diagonal()),
     "LowRank": ours(G.LowRank(10)),
     "LowRankPrecision": ours(G.LowRankPrecision(10)),

@@ -35,6 +35,7 @@ from pyro_lrblora.guides.ensemble import EnsembleGuide  # noqa: E402
 
 STAGES = ["tune", "scores", "defaults"]
 TUNING_SEED = 100
+LOGIT_DRAWS = 1000
 SMALL = {
     "tasks": ["sst2"], "development": ["sst2"], "methods": ["LoRA", "LoRA-XS", "LowRankPrecision"], "seeds": [0],
     "stages": ["scores"], "rows": 200, "validation_rows": 100, "test_rows": 200, "outside_rows": 100, "epochs": 4,
@@ -133,12 +134,15 @@ class Latest:
 
 
 def ways(posterior: lb.Posterior, method: str, draws: int) -> Iterator[tuple[str, dict]]:
-    """How a posterior predicts, by name: its draws, and the mean of draws from one mode."""
+    """How a posterior predicts, by name: linearised, or by its draws, and at the mean where it has one mode."""
     if posterior.is_point:
         yield "point", {"draws": 1}
         return
-    yield "draws" if method == "monte_carlo" else method, {"draws": draws, "method": method}
-    if method == "monte_carlo" and not isinstance(posterior.guide, EnsembleGuide):
+    if method == "linearised":  # draws of logits, which cost no forward
+        yield method, {"draws": LOGIT_DRAWS, "method": method}
+        return
+    yield "draws", {"draws": draws}
+    if not isinstance(posterior.guide, EnsembleGuide):
         yield "mean", {"at": "mean"}
 
 

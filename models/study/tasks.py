@@ -8,6 +8,7 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+from pairs import Pairs
 from sequence_classification import load_base, read_splits
 from upper_layers import LowerStates, UpperLayers
 
@@ -23,6 +24,7 @@ class Task:
         classes: C.
         outside: the task whose test rows are data of another kind.
         choices: whether a row is a question with choices.
+        pair: whether a row is two texts, which are encoded apart and compared.
         votes: whether ChaosNLI has people's votes for rows of this kind.
     """
 
@@ -31,6 +33,7 @@ class Task:
     classes: int
     outside: str | None
     choices: bool = False
+    pair: bool = False
     votes: bool = False
 
 
@@ -38,10 +41,10 @@ TASKS = {
     "sst2": Task("train", "validation", 2, "ag_news"),
     "ag_news": Task("train", "test", 4, "sst2"),
     # ChaosNLI's items lie in SNLI's validation split, so that one is not trained on.
-    "snli": Task("test", "validation", 3, "ag_news", votes=True),
+    "snli": Task("test", "validation", 3, "mrpc", pair=True, votes=True),
     "cola": Task("train", "validation", 2, "ag_news"),
-    "rte": Task("train", "validation", 2, "sst2"),
-    "mrpc": Task("train", "validation", 2, "sst2"),
+    "rte": Task("train", "validation", 2, "snli", pair=True),
+    "mrpc": Task("train", "validation", 2, "snli", pair=True),
     "arc_easy": Task("train", "test", 4, None, choices=True),
 }
 
@@ -91,9 +94,11 @@ def problem(name: str, seed: int, args: argparse.Namespace, test: bool = True) -
     classifier, tokenizer = load_base(args.base, task.classes, True, "float32")
     encoder = classifier.encoder.requires_grad_(False)
 
-    def states(rows: datasets.Dataset, shuffle: int | None = None, choices: bool = task.choices) -> LowerStates:
-        if choices:
+    def states(rows: datasets.Dataset, shuffle: int | None = None) -> LowerStates:
+        if task.choices:
             batches = lb.data.Choices(rows, tokenizer, max_length=256)
+        elif task.pair:
+            batches = Pairs(rows, tokenizer, args.max_length)
         else:
             batches = lb.Batches(rows, tokenizer, max_length=args.max_length)
         return LowerStates(batches, encoder, args.frozen_layers, args.batch_size, shuffle)
@@ -111,7 +116,7 @@ def problem(name: str, seed: int, args: argparse.Namespace, test: bool = True) -
             voted = take(next(iter(read_splits(str(folder / "chaosnli")).values())), args.outside_rows)
             votes = states(voted), np.asarray(voted["label_count"])
     return Problem(
-        UpperLayers(encoder, args.frozen_layers, 1 if task.choices else task.classes),
+        UpperLayers(encoder, args.frozen_layers, 1 if task.choices else task.classes, compared=task.pair),
         lb.likelihoods.MultipleChoice() if task.choices else lb.likelihoods.Categorical(),
         states(train, shuffle=seed),
         states(validation),

@@ -20,20 +20,29 @@ class UpperLayers(MeanPoolClassifier):
         encoder: a BertModel, whose modules are shared.
         below: layers that are left to LowerStates.
         num_labels: C; 1 gives scores of choices, (B, C), from hidden (B, C, T, H).
+        compared: a row is two texts that were encoded apart, hidden (B, 2, T, H), and the head reads their means u and
+            v as (u, v, |u - v|): how sentence encoders are trained on pairs (Reimers and Gurevych 2019).
     """
 
-    def __init__(self, encoder: nn.Module, below: int, num_labels: int):
+    def __init__(self, encoder: nn.Module, below: int, num_labels: int, compared: bool = False):
         super().__init__(encoder, num_labels)
-        self.encoder = encoder.encoder.layer[below:]
+        self.encoder, self.compared = encoder.encoder.layer[below:], compared
+        if compared:
+            self.classifier = nn.Linear(3 * encoder.config.hidden_size, num_labels)
+            nn.init.zeros_(self.classifier.weight)
+            nn.init.zeros_(self.classifier.bias)
 
     def forward(self, hidden: Tensor, attention_mask: Tensor) -> SequenceClassifierOutput:
-        """Logits (B, C) from the lower layers' output hidden (B, T, H) or (B, C, T, H) and its mask."""
+        """Logits (B, C) from the lower layers' output hidden (B, T, H), (B, 2, T, H) or (B, C, T, H) and its mask."""
         items = attention_mask.shape[:-1]
         hidden, mask = hidden.flatten(0, -3), attention_mask.flatten(0, -2)
         additive = _additive(mask, hidden.dtype)
         for layer in self.encoder:
             hidden = layer(hidden, additive)
-        return self.classified(hidden, mask, items)
+        if not self.compared:
+            return self.classified(hidden, mask, items)
+        u, v = self.pooled(hidden, mask).unflatten(0, items).unbind(1)
+        return SequenceClassifierOutput(logits=self.classifier(torch.cat([u, v, (u - v).abs()], -1)))
 
 
 class LowerStates(EncodedBatches):

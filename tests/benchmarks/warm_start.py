@@ -69,7 +69,7 @@ def main() -> None:
     for seed in range(args.seeds):
         for rate in args.rates:
             rates = lb.Rates(loc=rate, scale=rate, factor=rate)
-            run(f"stock, rate {rate:g}", seed, args.steps, 100, 0, guide=stock, rates=rates, warm_start=False)
+            run(f"stock, rate {rate:g}", seed, args.steps, 2, 0, guide=stock, rates=rates, warm_start=False)
         for guide in (G.LowRank(8), G.LowRankPrecision(8)):
             total = args.steps // 3 - start_passes
             run(repr(guide), seed, total - total % per_epoch, 1, start_passes, guide=guide)
