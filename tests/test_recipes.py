@@ -16,7 +16,7 @@ import pyro_lrblora as lb
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = ["--rows", "24", "--validation-rows", "12", "--test-rows", "12", "--epochs", "1", "--draws", "2", "--rank", "2"]
 MINILM, LLAMA = (str(SHARED / "weights" / name) for name in ("all-MiniLM-L6-v2", "stories260K-llama"))
-UPPER = ["--layers", "5"]
+UPPER, FEW = ["--layers", "5"], ["--evidence-draws", "2"]
 
 
 def ran(script: str, *options) -> str:
@@ -31,8 +31,10 @@ def ran(script: str, *options) -> str:
     ("script", "data", "options", "columns"),
     [
         ("causal_lm.py", "tinystories_sentences", ["--base", LLAMA], {"NLL", "perplexity"}),
-        ("multiple_choice.py", "arc_easy", ["--base", MINILM, "--mean-pool", *UPPER], {"accuracy", "NLL"}),
-        ("multiple_choice.py", "openbookqa", ["--base", LLAMA, "--form", "answer"], {"accuracy", "NLL"}),
+        ("multiple_choice.py", "arc_easy", ["--base", MINILM, "--mean-pool", *UPPER, *FEW],
+         {"accuracy", "NLL"}),
+        ("multiple_choice.py", "openbookqa", ["--base", LLAMA, "--form", "answer", *FEW],
+         {"accuracy", "NLL"}),
         ("regression.py", "chaosnli", ["--base", MINILM, "--mean-pool", *UPPER, "--text", "premise", "hypothesis",
                                        "--label", "entropy"], {"RMSE", "CRPS"}),
     ],
