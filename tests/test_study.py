@@ -156,3 +156,15 @@ def test_paired_differences_against_brute_force(script):
     assert tables.paired(runs, "NLL", "LoRA", temper_other=True).loc["t", "difference"] == pytest.approx(
         difference.mean() - 1
     )
+
+
+def test_averages_are_over_the_same_runs_for_every_method(script):
+    tables = script("tables")
+    made = {"LoRA": "ab", tables.OURS: "abc", "third": "a", "fourth": "abd"}
+    rows = [
+        {"method": method, "task": task, "seed": 0, "prediction": "draws"} for method in made for task in made[method]
+    ]
+    kept = tables._complete(tables.pd.DataFrame(rows))
+    assert set(zip(kept["method"], kept["task"], strict=True)) == {
+        (method, task) for method in ("LoRA", tables.OURS, "fourth") for task in "ab"
+    }

@@ -23,6 +23,7 @@ class Variation:
     Args:
         guide, projection, rank, prior: see lb.fit and lb.LoRAXS; the prior takes a scale.
         scale: of the prior.
+        head: see lb.BayesianLoRA.
         options: of lb.fit beside them.
     """
 
@@ -31,6 +32,7 @@ class Variation:
     rank: int = 8
     prior: Callable = lb.priors.Normal
     scale: float = 0.1
+    head: str = "point"
     options: tuple[tuple[str, object], ...] = ()
 
 
@@ -80,7 +82,7 @@ class Fits:
     def vary(self, variation: Variation) -> lb.Posterior:
         """This library's own fit."""
         adapter = lb.LoRAXS(variation.rank, variation.projection, "all-linear")
-        model = self.model(adapter, variation.prior(variation.scale))
+        model = self.model(adapter, variation.prior(variation.scale)).with_head(variation.head)
         return self.fit(model, variation.guide, **dict(variation.options))
 
 
@@ -151,10 +153,10 @@ def blob(fits: Fits, scale: float) -> lb.Posterior:
     return fits.fit(model, guide, rates=lb.Rates(loc=1e-3), warm_start=False)
 
 
-def ours(guide) -> Method:
+def ours(guide, prior: Callable = lb.priors.Normal, tuned_as: str | None = None) -> Method:
     """Variational inference in the projected subspace with a guide."""
-    fit = lambda fits, scale: fits.vary(Variation(guide=guide, scale=scale))
-    return Method(fit, "prior scale", PRIOR_SCALES)
+    fit = lambda fits, scale: fits.vary(Variation(guide=guide, prior=prior, scale=scale))
+    return Method(fit, "prior scale", PRIOR_SCALES, tuned_as=tuned_as)
 
 
 METHODS = {
@@ -177,6 +179,8 @@ METHODS = {
     "LowRank": ours(G.LowRank(10)),
     "LowRankPrecision": ours(G.LowRankPrecision(10)),
     "MatrixNormal": ours(G.MatrixNormal()),
+    # A scale per module instead of one, which the variations below found; not tuned further.
+    "LowRankPrecision, LayerScale": ours(G.LowRankPrecision(10), lb.priors.LayerScale, "LowRankPrecision"),
 }
 
 DEFAULT = Variation()
@@ -196,8 +200,10 @@ VARIATIONS = (
     | {
         "prior LayerScale": replace(DEFAULT, prior=lb.priors.LayerScale),
         "prior Learned": replace(DEFAULT, prior=lambda scale: lb.priors.Learned(lb.priors.Normal(scale))),
+        "head Bayesian": replace(DEFAULT, head="bayesian"),
         "no warm start": replace(DEFAULT, options=(("warm_start", False),)),
         "two point epochs first": replace(DEFAULT, options=(("map_epochs", 2),)),
+        "twice the epochs": replace(DEFAULT, options=(("epochs", 10),)),
         "KL by Monte Carlo": replace(DEFAULT, options=(("kl", "mc"),)),
         "shared draws": replace(DEFAULT, options=(("draws", "shared"),)),
         "rates x 2": replace(DEFAULT, options=(("rates", lb.Rates(1e-2, 2e-2, 2e-3, 2e-3)),)),

@@ -135,7 +135,7 @@ def write_tables(finished: Sequence[Mapping], folder: Path) -> None:
 
 
 def averages(scored: pd.DataFrame) -> pd.DataFrame:
-    """Every method's main row, averaged over tasks and seeds, over those tasks and seeds that all methods have."""
+    """Main rows averaged over the tasks and seeds that REFERENCE and OURS have, of the methods that have them all."""
     main = _complete(_main_rows(scored))
     columns = ["accuracy", "NLL", "Brier", "ECE (15 bins)", "ECE if calibrated", "ECE (15 bins of equal mass)", "AURC"]
     columns += ["OOD AUROC", "NLL at T", "Brier at T", "ECE (15 bins) at T", "of LoRA r=8", "CPU seconds"]
@@ -257,9 +257,13 @@ def _main_rows(scored: pd.DataFrame) -> pd.DataFrame:
 
 
 def _complete(main: pd.DataFrame) -> pd.DataFrame:
-    methods = main["method"].nunique()
-    there = main.groupby(["task", "seed"])["method"].transform("nunique") == methods
-    return main[there] if there.any() else main
+    """The tasks and seeds that REFERENCE and OURS both have, and of the methods those that have all of them."""
+    at = pd.Series(list(zip(main["task"], main["seed"], strict=True)), index=main.index)
+    made = {name: set(runs) for name, runs in at.groupby(main["method"], sort=False)}
+    wanted = made.get(REFERENCE, set()) & made.get(OURS, set())
+    if not wanted:
+        return main
+    return main[main["method"].isin([name for name, runs in made.items() if wanted <= runs]) & at.isin(wanted)]
 
 
 def _wide(table: pd.DataFrame) -> str:
