@@ -36,7 +36,7 @@ def prepare(
             that tells it from others.
     """
     tokenizer = tokenizer or model.tokenizer
-    batches = as_batches(train, tokenizer, batch_size=batch_size, by_length=True)
+    batches = as_batches(train, tokenizer, batch_size=batch_size, by_length=True).restarted()
     model.check_labels(batches, "training data")
     if cache is not None:
         check_cache(model)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import scipy.fft
 import torch
-from conftest import tiny_bert, token_batches
+from conftest import tiny_bert, tiny_reviews, tiny_tokenizer, token_batches
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -50,6 +50,17 @@ def test_two_prepares_agree_bit_for_bit(projection):
         subspaces.append(model.prepare(token_batches(), seed=3).adapted.tensors())
     first, again = subspaces
     assert first.keys() == again.keys()
+    assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+def test_earlier_passes_over_shuffled_batches_change_nothing():
+    rows = lb.Batches(tiny_reviews(40), tiny_tokenizer(), batch_size=8, shuffle=0)
+    prepared = []
+    for _ in range(2):
+        model = lb.BayesianLoRA(tiny_bert(), lb.LoRAXS(2, lb.projections.Gradient())).prepare(rows)
+        prepared.append(model.adapted.tensors() | model.head_start)
+        list(rows)
+    first, again = prepared
     assert all(torch.equal(first[name], again[name]) for name in first)
 
 

@@ -135,17 +135,16 @@ def write_tables(finished: Sequence[Mapping], folder: Path) -> None:
 
 
 def averages(scored: pd.DataFrame) -> pd.DataFrame:
-    """Main rows averaged over the tasks and seeds that REFERENCE and OURS have, of the methods that have them all."""
+    """Main rows averaged over seeds, then tasks: those that REFERENCE and OURS have, of methods that have them all."""
     main = _complete(_main_rows(scored))
     columns = ["accuracy", "NLL", "Brier", "ECE (15 bins)", "ECE if calibrated", "ECE (15 bins of equal mass)", "AURC"]
     columns += ["OOD AUROC", "NLL at T", "Brier at T", "ECE (15 bins) at T", "of LoRA r=8", "CPU seconds"]
-    groups = main.groupby("method", sort=False)
-    table = groups[columns].mean()
+    by_task = main.groupby(["method", "task"], sort=False)
+    table = by_task[columns].mean().groupby("method", sort=False).mean()
     if REFERENCE in table.index:
         table.insert(5, "ECE / LoRA's", table["ECE (15 bins)"] / table.loc[REFERENCE, "ECE (15 bins)"])
     # Over seeds within a task, averaged over tasks: what "more stable" is about.
-    spread = main.groupby(["method", "task"], sort=False)["NLL"].std().groupby("method", sort=False).mean()
-    table["NLL s.d. over seeds"] = spread
+    table["NLL s.d. over seeds"] = by_task["NLL"].std().groupby("method", sort=False).mean()
     return table.round(3)
 
 
