@@ -78,7 +78,7 @@ def test_survives_the_file(projection, tmp_path):
 
 
 @settings(deadline=None, max_examples=25)
-@given(m=st.integers(3, 90), n=st.integers(3, 90), seed=st.integers(0, 50))
+@given(m=st.integers(3, 130), n=st.integers(3, 130), seed=st.integers(0, 50))
 def test_svd_spans_the_leading_singular_vectors(m, n, seed):
     g = torch.Generator().manual_seed(seed)
     rank = min(3, m, n)
@@ -90,6 +90,24 @@ def test_svd_spans_the_leading_singular_vectors(m, n, seed):
         # B B' W A' A is the best rank-r approximation.
         best = u[:, :rank] @ torch.diag(0.7 ** torch.arange(rank)) @ v[:, :rank].T
         torch.testing.assert_close(basis.B @ basis.B.T @ weight @ basis.A.T @ basis.A, best, atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("true_rank", [0, 2, 9])
+def test_svd_of_a_weight_of_lower_rank_is_still_orthonormal(true_rank):
+    weight = torch.randn(120, true_rank) @ torch.randn(true_rank, 100)
+    basis = P.SVD()(weight, 8, {}, torch.Generator().manual_seed(0))
+    for columns in (basis.B, basis.A.T):
+        torch.testing.assert_close(columns.T @ columns, torch.eye(8), atol=1e-5, rtol=0)
+    kept = basis.B @ basis.B.T @ weight @ basis.A.T @ basis.A
+    left = torch.linalg.svdvals(weight)[8:].norm()
+    torch.testing.assert_close((weight - kept).norm(), left, atol=1e-3, rtol=1e-3)
+
+
+def test_svd_keeps_what_noise_hides():
+    """On noise alone, where singular values hardly fall, the subspace still has 97% of the best one's norm."""
+    weight = torch.randn(400, 300, generator=torch.Generator().manual_seed(0))
+    basis = P.SVD()(weight, 8, {}, torch.Generator().manual_seed(0))
+    assert (weight @ basis.A.T).norm() > 0.97 * torch.linalg.svdvals(weight)[:8].norm()
 
 
 def test_papers_form_absorbs_the_singular_values():
