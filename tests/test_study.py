@@ -17,7 +17,7 @@ from pyro_lrblora.networks import MeanPoolClassifier, builtin_base
 MODELS = Path(__file__).parents[1] / "models"
 pytestmark = pytest.mark.filterwarnings("ignore::pyro_lrblora.ScalesNotConverged")
 TINY = ["--rows", "24", "--validation-rows", "16", "--test-rows", "24", "--outside-rows", "12", "--epochs", "1",
-        "--max-length", "24", "--draws", "2", "--frozen-layers", "5", "--seeds", "0"]  # fmt: skip
+        "--judged-rows", "20", "--max-length", "24", "--draws", "2", "--frozen-layers", "5", "--seeds", "0"]  # fmt: skip
 
 
 @pytest.fixture
@@ -82,7 +82,7 @@ def test_a_pair_is_two_texts_compared(script):
 def test_rows_of_a_split_stay_apart(script, shared):
     tasks = script("tasks")
     args = argparse.Namespace(data=str(shared / "data"), base="builtin", frozen_layers=5, batch_size=8, max_length=24,
-                              rows=20, validation_rows=10, test_rows=16, outside_rows=8)  # fmt: skip
+                              rows=20, validation_rows=10, test_rows=16, outside_rows=8, judged_rows=12)  # fmt: skip
     first, second = (tasks.problem("snli", seed, args) for seed in (0, 1))
     equal = lambda a, b: a.shape == b.shape and torch.equal(a, b)
     hidden = lambda batches: batches._encoded["hidden"]
@@ -94,8 +94,11 @@ def test_rows_of_a_split_stay_apart(script, shared):
     batches, votes = first.votes
     assert votes.shape == (8, 3)
     assert (votes.sum(1) == 100).all()
-    held = tasks.problem("snli", 0, args, test=False)
-    assert held.test is held.outside is held.votes is None
+    judged = tasks.problem("snli", 0, args, test=False)
+    assert judged.outside is judged.votes is None
+    assert len(hidden(judged.test)) == 12
+    for rows in (first.train, first.validation, first.test):
+        assert not any(equal(a, b) for a in hidden(judged.test) for b in hidden(rows))
 
 
 def test_a_study_from_tuning_to_tables_that_goes_on(script, shared, tmp_path, capsys):
@@ -115,7 +118,9 @@ def test_a_study_from_tuning_to_tables_that_goes_on(script, shared, tmp_path, ca
     study.main([*command, "--stages", "tune", "defaults"])
     tuned = lines(tmp_path)
     assert len(tuned) == 3 + 3 + 2
-    assert all(set(row) == {"validation"} for run in tuned for name, row in run["rows"].items() if name != "fit")
+    for run in tuned:
+        wanted = {"validation"} | ({"judged", "losses"} if run["settings"]["stage"] == "defaults" else set())
+        assert all(set(row) == wanted for name, row in run["rows"].items() if name != "fit")
     study.main([*command, "--stages", "scores"])
     scored = [run for run in lines(tmp_path) if run["settings"]["stage"] == "scores"]
     best = {
@@ -129,6 +134,7 @@ def test_a_study_from_tuning_to_tables_that_goes_on(script, shared, tmp_path, ca
     assert {run["settings"]["method"]: run["settings"]["value"] for run in scored} == best
     tables = (tmp_path / "tables.md").read_text()
     assert "| LowRankPrecision - LoRA " in tables
+    assert "| K = 2 " in tables
     assert f"{scored[1]['rows']['draws']['test']['NLL']:.3f}" in tables
     assert (tmp_path / "nll.svg").exists()
     before = (tmp_path / "runs.jsonl").read_text()
@@ -156,6 +162,25 @@ def test_paired_differences_against_brute_force(script):
     assert tables.paired(runs, "NLL", "LoRA", temper_other=True).loc["t", "difference"] == pytest.approx(
         difference.mean() - 1
     )
+
+
+def test_variations_against_brute_force(script):
+    tables = script("tables")
+    losses = np.random.default_rng(1).normal(size=(2, 2, 2, 30))  # variations, tasks, seeds, rows
+
+    def run(name, task, seed, values):
+        settings = {"stage": "defaults", "task": task, "method": name, "seed": seed}
+        return {"settings": settings, "rows": {"draws": {"losses": {"NLL": list(values)}}}}
+
+    names, over = ("default", "K = 2"), ("a", "b")
+    runs = [run(names[i], over[j], k, losses[i, j, k]) for i, j, k in np.ndindex(2, 2, 2)]
+    found = tables.variations(runs).loc["K = 2"]
+    difference = losses[1] - losses[0]
+    assert found["a"] == pytest.approx(losses[1, 0].mean())
+    assert found["mean - default"] == pytest.approx(difference.mean())
+    rows = [each.mean(0).var(ddof=1) / 30 + each.mean(1).var(ddof=1) / 2 for each in difference]
+    assert found["SE"] == pytest.approx(np.sqrt(np.sum(rows)) / 2)
+    assert found["seeds"] == 2
 
 
 def test_averages_are_over_the_same_runs_for_every_method(script):

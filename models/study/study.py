@@ -3,9 +3,10 @@
 python models/study/study.py --data FOLDER --out out/study              all stages; goes on where it was cut off
 python models/study/study.py --data FOLDER --out out/study --small      one row of the table in minutes
 
-Three stages. "tune": every method's one setting, among three values, by validation NLL on the development tasks with a
-seed that no table has. "defaults": this library's configuration with one thing changed, judged in the same way.
-"scores": every method with its tuned value on every task and seed, the test rows looked at for the first time.
+Three stages. "tune": every method's one setting, among three values, by validation NLL on the development tasks with
+seeds that no table has. "defaults": this library's configuration with one thing changed, by its NLL on further rows of
+the training split. "scores": every method with its tuned value on every task and seed, the test rows looked at for the
+first time.
 docs/study.md says what the methods are and how the rows are split.
 """
 
@@ -34,7 +35,6 @@ from pyro_lrblora.diagnostics import against_votes, out_of_distribution  # noqa:
 from pyro_lrblora.guides.ensemble import EnsembleGuide  # noqa: E402
 
 STAGES = ["tune", "scores", "defaults"]
-TUNING_SEED = 100
 LOGIT_DRAWS = 1000
 SMALL = {
     "tasks": ["sst2"], "development": ["sst2"], "methods": ["LoRA", "LoRA-XS", "LowRankPrecision"], "seeds": [0],
@@ -54,8 +54,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
     parser.add_argument("--variations", nargs="+", default=list(VARIATIONS), choices=VARIATIONS)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--development-seeds", type=int, nargs="+", default=[100], help="of tuning and defaults")
     parser.add_argument("--rows", type=int, default=300)
     parser.add_argument("--validation-rows", type=int, default=150)
+    parser.add_argument("--judged-rows", type=int, default=1000, help="that defaults are chosen on")
     parser.add_argument("--test-rows", type=int, default=300)
     parser.add_argument("--outside-rows", type=int, default=100, help="of another kind, and voted on")
     parser.add_argument("--max-length", type=int, default=64, help="tokens per row, longer ones are cut")
@@ -90,14 +92,16 @@ def planned(stage: str, args: argparse.Namespace, finished: Sequence[Mapping]) -
                 for name, value in values.items():
                     yield {"stage": stage, "task": task, "method": name, "value": value, "seed": seed} | shared
         return
-    for task in args.development:
-        if stage == "defaults":
-            for name in args.variations:
-                yield {"stage": stage, "task": task, "method": name, "value": None, "seed": TUNING_SEED} | shared
-            continue
-        for name in args.methods:
-            for value in () if METHODS[name].tuned_as else METHODS[name].grid:
-                yield {"stage": stage, "task": task, "method": name, "value": value, "seed": TUNING_SEED} | shared
+    for seed in args.development_seeds:
+        for task in args.development:
+            if stage == "defaults":
+                for name in args.variations:
+                    run = {"stage": stage, "task": task, "method": name, "value": None, "seed": seed}
+                    yield run | shared | {"judged_rows": args.judged_rows, "draws": args.draws}
+                continue
+            for name in args.methods:
+                for value in () if METHODS[name].tuned_as else METHODS[name].grid:
+                    yield {"stage": stage, "task": task, "method": name, "value": value, "seed": seed} | shared
 
 
 class Latest:
@@ -130,6 +134,9 @@ class Latest:
             rows[label] = {"validation": held.scores()}
             if with_test:
                 rows[label] |= scores(posterior, fits.problem, held, options)
+            elif settings["stage"] == "defaults":
+                found = lb.predict(posterior, fits.problem.test, seed=0, **options)
+                rows[label] |= {"judged": found.scores(), "losses": losses(found)}
         return rows | {"fit": about}
 
 
@@ -160,12 +167,12 @@ def scores(posterior: lb.Posterior, rows: Problem, held: lb.Prediction, options:
         for name, each in {"votes": voted, "votes, tempered": voted.tempered(temperature)}.items():
             agreement = against_votes(each.probs, votes, simulations=1)
             table[name] = {"KL": float(agreement.kl.mean()), "JS": float(agreement.js.mean())}
-    losses = {name: [round(float(loss), 4) for loss in values] for name, values in found.losses().items()}
-    tempered = found.tempered(temperature).losses()
-    return table | {
-        "losses": losses,
-        "losses, tempered": {name: [round(float(loss), 4) for loss in values] for name, values in tempered.items()},
-    }
+    return table | {"losses": losses(found), "losses, tempered": losses(found.tempered(temperature))}
+
+
+def losses(prediction: lb.Prediction) -> dict[str, list[float]]:
+    """Every row's NLL (nats) and Brier score, as lines keep them."""
+    return {name: [round(float(loss), 4) for loss in values] for name, values in prediction.losses().items()}
 
 
 def figures(prediction: lb.Prediction) -> dict[str, float]:

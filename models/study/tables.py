@@ -53,15 +53,31 @@ def tuning(finished: Sequence[Mapping]) -> pd.DataFrame:
 
 
 def variations(finished: Sequence[Mapping]) -> pd.DataFrame:
-    """Validation NLL of the default with one thing changed: by task, and the mean's difference from the default's."""
-    rows = {}
+    """NLL on the judged rows, by task, of the default with one thing changed, and how far it is above the default.
+
+    Args:
+        finished: runs, with the losses of their rows.
+
+    Returns:
+        Columns by task, the mean over seeds; "mean - default" and "SE" over the tasks and seeds that both have; "seeds",
+        the fewest of a task.
+    """
+    found: dict[str, dict[str, dict[int, np.ndarray]]] = {}
     for run in _of(finished, "defaults"):
         at = run["settings"]
-        rows.setdefault(at["method"], {})[at["task"]] = _main(run)["validation"]["NLL"]
-    table = pd.DataFrame.from_dict(rows, orient="index").dropna()
-    if "default" in table.index:
-        table["mean - default"] = (table - table.loc["default"]).mean(axis=1)
-    return table
+        losses = np.asarray(_main(run)["losses"]["NLL"])
+        found.setdefault(at["method"], {}).setdefault(at["task"], {})[at["seed"]] = losses
+    rows = {}
+    for name, tasks in found.items():
+        rows[name] = {task: np.mean([losses.mean() for losses in seeds.values()]) for task, seeds in tasks.items()}
+        against = [_difference(seeds, found.get("default", {}).get(task, {})) for task, seeds in tasks.items()]
+        if all(against):
+            rows[name] |= {
+                "mean - default": np.mean([row["difference"] for row in against]),
+                "SE": np.sum([row["SE"] ** 2 for row in against]) ** 0.5 / len(against),
+                "seeds": min(row["seeds"] for row in against),
+            }
+    return pd.DataFrame.from_dict(rows, orient="index")
 
 
 def scores(finished: Sequence[Mapping]) -> pd.DataFrame:
@@ -92,8 +108,7 @@ def paired(finished: Sequence[Mapping], loss: str, other: str, temper_other: boo
         temper_other: compare with the other's losses after temperature scaling.
 
     Returns:
-        Columns difference, SE, seeds; the variance is that of the mean over rows (of differences averaged over seeds)
-        plus that of the mean over seeds.
+        Columns difference, SE, seeds, see `_difference`.
     """
     found: dict[str, dict[str, dict[int, np.ndarray]]] = {}
     for run in _of(finished, "scores"):
@@ -101,17 +116,8 @@ def paired(finished: Sequence[Mapping], loss: str, other: str, temper_other: boo
         key = "losses, tempered" if temper_other and at["method"] == other else "losses"
         if at["method"] in (OURS, other) and key in row:
             found.setdefault(at["task"], {}).setdefault(at["method"], {})[at["seed"]] = np.asarray(row[key][loss])
-    rows = {}
-    for task, methods in found.items():
-        seeds = sorted(set(methods.get(OURS, {})) & set(methods.get(other, {})))
-        if not seeds:
-            continue
-        differences = np.stack([methods[OURS][seed] - methods[other][seed] for seed in seeds])  # (seeds, N)
-        variance = differences.mean(0).var(ddof=1) / differences.shape[1]
-        if len(seeds) > 1:
-            variance += differences.mean(1).var(ddof=1) / len(seeds)
-        rows[task] = {"difference": differences.mean(), "SE": variance**0.5, "seeds": len(seeds)}
-    return pd.DataFrame.from_dict(rows, orient="index")
+    rows = {task: _difference(each.get(OURS, {}), each.get(other, {})) for task, each in found.items()}
+    return pd.DataFrame.from_dict({task: row for task, row in rows.items() if row}, orient="index")
 
 
 def write_tables(finished: Sequence[Mapping], folder: Path) -> None:
@@ -122,7 +128,7 @@ def write_tables(finished: Sequence[Mapping], folder: Path) -> None:
     if len(tuned):
         parts += ["## Tuned values: validation NLL on the development tasks", _wide(tuned)]
     if len(varied):
-        parts += ["## The default with one thing changed: validation NLL", varied.round(3).to_markdown()]
+        parts += ["## The default with one thing changed: NLL on judged rows", varied.round(3).to_markdown()]
     if len(scored):
         parts += ["## Averages over tasks", averages(scored).to_markdown()]
         for task in scored["task"].unique():
@@ -241,6 +247,21 @@ def _saved(figure, path: Path) -> None:
     figure.tight_layout()
     figure.savefig(path, metadata={"Date": None})
     plt.close(figure)
+
+
+def _difference(ours: Mapping[int, np.ndarray], other: Mapping[int, np.ndarray]) -> dict[str, float]:
+    """Mean difference of losses by seed (N,), over the seeds that both have; nothing where they have none.
+
+    The variance is that of the mean over rows (of differences averaged over seeds) plus that of the mean over seeds.
+    """
+    seeds = sorted(set(ours) & set(other))
+    if not seeds:
+        return {}
+    differences = np.stack([ours[seed] - other[seed] for seed in seeds])  # (seeds, N)
+    variance = differences.mean(0).var(ddof=1) / differences.shape[1]
+    if len(seeds) > 1:
+        variance += differences.mean(1).var(ddof=1) / len(seeds)
+    return {"difference": differences.mean(), "SE": variance**0.5, "seeds": len(seeds)}
 
 
 def _of(finished: Sequence[Mapping], stage: str) -> list[Mapping]:

@@ -56,7 +56,8 @@ class Problem:
     Args:
         network: the upper layers and a head that is zero.
         likelihood: of the labels.
-        train, validation, test: with labels; validation rows are carved from the training split.
+        train, validation: with labels, from the training split.
+        test: of the test split; where that is not looked at yet, as many as are judged, also from the training split.
         outside: rows of another kind, or None.
         votes: rows that people voted on, and their counts (N, C), or None.
         seed: of the choice of rows, and of every fit.
@@ -88,7 +89,7 @@ def problem(name: str, seed: int, args: argparse.Namespace, test: bool = True) -
         name: of TASKS.
         seed: see Problem.
         args: the study's command line.
-        test: False reads no row of the test split, nor any that only belong to it.
+        test: False reads no row of the test split, nor any that only belong to it, but rows to judge by.
     """
     task, folder = TASKS[name], Path(args.data)
     classifier, tokenizer = load_base(args.base, task.classes, True, "float32")
@@ -105,8 +106,11 @@ def problem(name: str, seed: int, args: argparse.Namespace, test: bool = True) -
 
     rows = labelled(folder / name, task.train, task).shuffle(seed=seed)
     train, validation = rows.select(range(args.rows)), rows.select(range(args.rows, args.rows + args.validation_rows))
-    held = outside = votes = None
-    if test:
+    outside = votes = None
+    if not test:
+        begin = args.rows + args.validation_rows
+        held = states(rows.select(range(begin, min(begin + args.judged_rows, len(rows)))))
+    else:
         take = lambda rows, count: rows.shuffle(seed=0).select(range(min(count, len(rows))))
         held = states(take(labelled(folder / name, task.test, task), args.test_rows))
         if task.outside:
