@@ -17,7 +17,8 @@ from pyro_lrblora.networks import MeanPoolClassifier, builtin_base
 MODELS = Path(__file__).parents[1] / "models"
 pytestmark = pytest.mark.filterwarnings("ignore::pyro_lrblora.ScalesNotConverged")
 TINY = ["--rows", "24", "--validation-rows", "16", "--test-rows", "24", "--outside-rows", "12", "--epochs", "1",
-        "--judged-rows", "20", "--max-length", "24", "--draws", "2", "--frozen-layers", "5", "--seeds", "0"]  # fmt: skip
+        "--max-length", "24", "--draws", "2", "--frozen-layers", "5", "--seeds", "0",
+        "--judged-rows", "20"]  # fmt: skip
 
 
 @pytest.fixture

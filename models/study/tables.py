@@ -59,7 +59,7 @@ def variations(finished: Sequence[Mapping]) -> pd.DataFrame:
         finished: runs, with the losses of their rows.
 
     Returns:
-        Columns by task, the mean over seeds; "mean - default" and "SE" over the tasks and seeds that both have; "seeds",
+        Columns by task, the mean over seeds; "mean - default" and "SE" over the tasks and seeds both have; "seeds",
         the fewest of a task.
     """
     found: dict[str, dict[str, dict[int, np.ndarray]]] = {}
