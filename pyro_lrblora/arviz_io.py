@@ -44,7 +44,7 @@ def to_arviz(posterior: Posterior, data=None, draws: int | None = None, seed: in
         groups["sample_stats"] = by_chain({"log_q": posterior.log_prob(samples)})
     if data is not None:
         batches = as_batches(data, posterior.model.tokenizer, batch_size=64, by_length=True)
-        prediction = predict(posterior, batches, draws=draws, seed=seed)
+        prediction = predict(posterior, batches, draws=draws, seed=seed, antithetic=False)
         if hasattr(prediction, "draw_labels"):
             with torch.random.fork_rng():
                 torch.manual_seed(seed)

@@ -177,7 +177,7 @@ def loo_pit_values(posterior: Posterior, train, draws: int | None = None, seed: 
     if batches.labels.dim() != 1 or batches.labels.is_floating_point():
         raise ValueError(f"expected class labels (N,) for a PIT of classes, got {tuple(batches.labels.shape)} numbers")
     weights = None if stored else importance(posterior, batches, draws, seed).log_weights  # refuses before predicting
-    prediction = predict(posterior, batches, draws=draws, seed=seed)
+    prediction = predict(posterior, batches, draws=draws, seed=seed, antithetic=False)
     log_probs = prediction.logits.double().log_softmax(-1)
     labels = prediction.labels.long()
     log_likelihood = log_probs.gather(-1, labels.expand(draws, -1)[..., None])[..., 0]  # (S, N)

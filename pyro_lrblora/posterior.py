@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import wraps
 
@@ -19,6 +19,7 @@ from .guides import LatentGuide
 from .guides.delta import DeltaGuide
 from .guides.draws import DrawsGuide
 from .guides.ensemble import EnsembleGuide
+from .guides.mirrored import Mirrored
 from .guides.stock import stock_covariance, stock_log_prob
 from .head import FixedHead
 from .model import BayesianLoRA
@@ -70,14 +71,16 @@ class Posterior:
 
     @local_parameters
     @torch.no_grad()
-    def sample(self, draws: int, seed: int | None = None) -> dict[str, Tensor]:
-        """Independent draws of every site: the latents, a prior's scales, a Bayesian head.
+    def sample(self, draws: int, seed: int | None = None, antithetic: bool = False) -> dict[str, Tensor]:
+        """Draws of every site: the latents, a prior's scales, a Bayesian head. Independent unless antithetic.
 
         Of stored draws (a Markov chain's) it takes `draws` evenly spaced over all of them, whatever the seed.
 
         Args:
             draws: S, at least 1.
             seed: makes the draws reproducible; None uses torch's own generator.
+            antithetic: draws in pairs, one after the other, mirrored at the mean of a guide that is symmetric about it;
+                those of other guides are independent all the same.
 
         Returns:
             By site, (S, site shape).
@@ -89,7 +92,8 @@ class Posterior:
                 torch.manual_seed(seed)
             if isinstance(self.guide, DrawsGuide | EnsembleGuide):
                 return self.guide.spread(draws)
-            drawn = [self._draw() for _ in range(draws)]
+            with Mirrored() if antithetic and getattr(self.guide, "symmetric", False) else nullcontext():
+                drawn = [self._draw() for _ in range(draws)]
         return {name: torch.stack([values[name] for values in drawn]) for name in drawn[0]}
 
     def _draw(self) -> dict[str, Tensor]:

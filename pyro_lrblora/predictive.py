@@ -29,6 +29,7 @@ def predict(
     at: str | None = None,
     method: str = "monte_carlo",
     seed: int = 0,
+    antithetic: bool = True,
     batch_size: int = 64,
     precision: str = "fp32",
     fold: int | None = None,
@@ -47,6 +48,9 @@ def predict(
             draws logits from their normal distribution; "probit" needs no draws beside that (one set of logits). The
             last two are for Gaussian posteriors, and what Laplace approximations are meant for.
         seed: of the draws; the same seed gives the same predictions.
+        antithetic: draws in pairs mirrored at the mean, where the guide is symmetric about it: the logits are nearly
+            linear in the latents, so that most of the Monte Carlo error cancels. False for the independent draws of
+            posterior.sample(draws, seed).
         batch_size: rows per forward, for a datasets.Dataset.
         precision: "fp32", "bf16" or "fp16".
         fold: draws per forward, folded into the batch's rows. None is one at a time on a CPU, where that is faster, and
@@ -77,7 +81,7 @@ def predict(
     if at == "mean":
         values = {name: value.unsqueeze(0) for name, value in posterior.mean().items()}
     else:
-        values = posterior.sample(draws, seed=seed)
+        values = posterior.sample(draws, seed=seed, antithetic=antithetic)
     return predict_at(model, batches, values, posterior.head(), precision, fold)
 
 

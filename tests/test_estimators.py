@@ -8,7 +8,8 @@ from pyro import poutine
 from pyro.infer.autoguide import AutoNormal
 
 import pyro_lrblora as lb
-from pyro_lrblora.infer.elbo import Mirrored, PartedELBO
+from pyro_lrblora.guides.mirrored import Mirrored
+from pyro_lrblora.infer.elbo import PartedELBO
 from pyro_lrblora.posterior import local_parameters
 
 G = lb.guides

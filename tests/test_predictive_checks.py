@@ -137,6 +137,17 @@ def test_fewer_draws_cost_what_fresh_ones_cost():
     assert sweep.table.loc[64, "NLL"] == pytest.approx(metrics.nll(base.probs, base.labels))
 
 
+def test_mirrored_draws_are_judged_in_pairs():
+    """Logits that are linear in the draws: a pair leaves no error in the mean logit, two free draws do."""
+    torch.manual_seed(0)
+    centre, noise = torch.randn(100, 3), torch.randn(32, 1, 3)
+    labels = torch.distributions.Categorical(logits=centre).sample()
+    mirrored = torch.stack([noise, -noise], 1).flatten(0, 1)
+    pairs = draws_sweep(Prediction(centre + mirrored, labels), sizes=[8, 64], repeats=60)
+    free = draws_sweep(Prediction(centre + mirrored[torch.randperm(64)], labels), sizes=[8, 64], repeats=60)
+    assert pairs.table.loc[8, "NLL SE"] < 0.6 * free.table.loc[8, "NLL SE"]
+
+
 def test_draws_that_are_all_the_same_are_enough_at_one():
     prediction = drawn(draws=1)
     repeated = Prediction(prediction.logits.expand(16, -1, -1), prediction.labels)

@@ -61,7 +61,7 @@ class Fits:
         """What every fit by lb.fit gets: the same epochs, and the epoch with the best validation NLL of them."""
         return {
             "epochs": self.args.epochs, "validation": self.problem.validation, "keep_best": True,
-            "validation_draws": 2, "seed": self.problem.seed, "progress": False,
+            "validation_draws": 4, "seed": self.problem.seed, "progress": False,
         }  # fmt: skip
 
     def fit(self, model: lb.BayesianLoRA, guide, **options) -> lb.Posterior:

@@ -21,7 +21,8 @@ def draws_sweep(
     Args:
         prediction: logits (S, N, C) with labels.
         sizes: how many draws to average, each at most S; None is 1, 2, 4, 8, ... and S.
-        repeats: random subsets of each size, without replacement.
+        repeats: random subsets of each size, without replacement; of an even size, of pairs of neighbours, which `predict`
+            mirrors.
         seed: of the subsets.
         bins: of the ECE, equal width.
 
@@ -41,7 +42,7 @@ def draws_sweep(
         if size == draws:
             table[size] = whole | {f"{name} SE": np.nan for name in whole}
             continue
-        subsets = [generator.permutation(draws)[:size] for _ in range(repeats)]
+        subsets = [_subset(generator, draws, size) for _ in range(repeats)]
         scores = pd.DataFrame(
             [_scores(Prediction(log_probs[torch.as_tensor(rows)], None).probs, labels, bins) for rows in subsets]
         )
@@ -87,6 +88,13 @@ class DrawsSweep:
         distance = (self.table["NLL"] - self.full).abs() + self.table["NLL SE"]
         fine = self.table.index[distance <= self.tolerance]
         return int(fine[0]) if len(fine) else None
+
+
+def _subset(generator: np.random.Generator, draws: int, size: int) -> np.ndarray:
+    if size % 2 or draws % 2:
+        return generator.permutation(draws)[:size]
+    pairs = generator.permutation(draws // 2)[: size // 2]
+    return (2 * pairs[:, None] + np.arange(2)).ravel()
 
 
 def _scores(probs, labels, bins: int) -> dict[str, float]:

@@ -113,7 +113,7 @@ class _Draws:
         latents = model.sites.join(posterior.sample(draws, seed=seed)).double().cpu()
         if data is None or not model.predicts_classes:
             return _Draws(latents, None)
-        logits = predict(posterior, data, draws=draws, seed=seed).logits
+        logits = predict(posterior, data, draws=draws, seed=seed, antithetic=False).logits
         return _Draws(latents, logits.softmax(-1).unflatten(0, (2, -1)).mean(1))
 
     def halves(self) -> tuple[_Draws, _Draws]:

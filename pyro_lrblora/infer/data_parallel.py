@@ -12,8 +12,8 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 
 from ..data import Batch, batch_rows
+from ..guides.mirrored import mirrored
 from ..model import BayesianLoRA
-from .elbo import mirrored
 from .progress import load_states, states
 from .start import in_same_subspace, subspace_of
 

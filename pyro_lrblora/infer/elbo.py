@@ -10,13 +10,13 @@ import torch
 from pyro import poutine
 from pyro.infer import Trace_ELBO
 from pyro.infer.util import is_validation_enabled
-from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import prune_subsample_sites
 from pyro.util import check_model_guide_match
 from torch import Tensor
 from torch.distributions import Independent, Normal, kl_divergence
 
 from ..guides import LatentGuide
+from ..guides.mirrored import Mirrored
 
 
 @dataclass(frozen=True)
@@ -111,33 +111,6 @@ class PartedELBO(Trace_ELBO):
         log_likelihood = float(log_likelihood.detach())
         self._bounds.append(Bound(log_likelihood, float(loss) + log_likelihood))
         return loss, surrogate
-
-
-class Mirrored(Messenger):
-    """Makes draws of "_latents" in antithetic pairs x, 2 mean - x: of the rows of a batch, else of successive calls."""
-
-    def __init__(self):
-        super().__init__()
-        self._waiting: Tensor | None = None
-
-    def _pyro_sample(self, msg):
-        if msg["name"] != "_latents" or msg["done"]:
-            return
-        fn = msg["fn"]
-        if fn.batch_shape:
-            msg["value"] = mirrored(fn)
-        elif self._waiting is None:
-            msg["value"] = self._waiting = fn.rsample()
-        else:
-            msg["value"], self._waiting = 2 * fn.mean - self._waiting, None
-        msg["done"] = True
-
-
-def mirrored(fn) -> Tensor:
-    """Draws of a distribution with batch shape (B,), the second half mirrored at the mean: (B, D)."""
-    rows = fn.batch_shape[0]
-    first = fn.rsample()[: (rows + 1) // 2]
-    return torch.cat([first, 2 * fn.mean[: len(first)] - first])[:rows]
 
 
 def score_term(guide: LatentGuide, node) -> Tensor:
