@@ -31,14 +31,17 @@ def to_arviz(posterior: Posterior, data=None, draws: int | None = None, seed: in
         posterior: what a fit returned.
         data: rows to predict, see predict; None leaves out the groups that need them.
         draws: S, of all chains together, rounded down to equally many from each; None is 100, or all stored ones.
-        seed: of the draws.
+        seed: of the draws, which are those of posterior.sample(draws, seed); prior draws and labels have streams of
+            their own made from it.
     """
+    # One stream for all three would make the posterior, the prior and the labels' noise the same random numbers.
+    prior_seed, label_seed = np.random.SeedSequence(seed % 2**64).generate_state(2).tolist()
     samples, chains = posterior_draws(posterior, draws, seed)
     draws = len(next(iter(samples.values())))
     by_chain = lambda values: _by_chain(values, chains)
     groups = {
         "posterior": by_chain(samples),
-        "prior": _by_chain(prior_draws(posterior.model, draws, seed), 1),
+        "prior": _by_chain(prior_draws(posterior.model, draws, prior_seed), 1),
     }
     with suppress(TypeError):  # the guide has no density
         groups["sample_stats"] = by_chain({"log_q": posterior.log_prob(samples)})
@@ -47,7 +50,7 @@ def to_arviz(posterior: Posterior, data=None, draws: int | None = None, seed: in
         prediction = predict(posterior, batches, draws=draws, seed=seed, antithetic=False)
         if hasattr(prediction, "draw_labels"):
             with torch.random.fork_rng():
-                torch.manual_seed(seed)
+                torch.manual_seed(label_seed)
                 groups["posterior_predictive"] = by_chain({"labels": prediction.draw_labels()})
         if isinstance(prediction, TokenPrediction):
             groups["log_likelihood"] = by_chain({"text": prediction.log_likelihood})

@@ -162,8 +162,15 @@ def _ordered(table: pd.DataFrame) -> list[str]:
     return [name for name in columns if name in table]
 
 
+def check_named(posteriors) -> None:
+    """Raise a TypeError unless the posteriors come by name."""
+    if not isinstance(posteriors, Mapping):
+        raise TypeError(f"expected posteriors by name, got {type(posteriors).__name__}; write {{'name': posterior}}")
+
+
 def _checked(posteriors: Mapping[str, Posterior], given: Mapping, tokenizer) -> dict[str, dict]:
     """The batches of every role for every posterior, all of it checked."""
+    check_named(posteriors)
     if not posteriors:
         raise ValueError("expected at least one posterior, got none")
     classes = {name: posterior.model.classes for name, posterior in posteriors.items()}

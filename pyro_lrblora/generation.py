@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +17,7 @@ from .posterior import Posterior, local_parameters
 @torch.no_grad()
 def generate(
     posterior: Posterior,
-    prompts: str | Sequence[str] | Tensor,
+    prompts: str | Sequence[str] | Mapping | Tensor,
     *,
     draws: int = 8,
     at: str | None = None,
@@ -38,7 +38,7 @@ def generate(
 
     Args:
         posterior: of a causal or sequence-to-sequence language model.
-        prompts: texts, or token ids (B, T) without padding.
+        prompts: texts, or token ids (B, T) without padding; or what a tokenizer made of texts, padded on either side.
         draws: S, at least 1.
         at: "mean" takes the posterior mean instead.
         max_new_tokens: tokens added at most.
@@ -68,6 +68,9 @@ def generate(
         )
     if any(name not in model.sites.shapes for name in posterior.mean() if name in model.head_start):
         raise ValueError("expected a language model without a Bayesian head")
+    ours = sorted({"return_dict_in_generate", "logits_processor", "max_length"} & set(options))
+    if ours:
+        raise ValueError(f"expected other options of generate, got {ours}; write max_new_tokens= for a length")
     inputs = _encoded(prompts, tokenizer, network.config.is_encoder_decoder)
     values = posterior.mean() if at else posterior.sample(draws, seed=seed)
     values = {name: values[name].unsqueeze(0) if at else values[name] for name in model.sites.shapes}
@@ -187,19 +190,29 @@ def _encoded(prompts, tokenizer, ended: bool) -> dict[str, Tensor]:
         if prompts.dim() != 2 or prompts.is_floating_point() or prompts.numel() == 0:
             raise ValueError(f"expected token ids (B, T), got {prompts.dtype} {tuple(prompts.shape)}")
         return {"input_ids": prompts, "attention_mask": torch.ones_like(prompts)}
-    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-    if not prompts:
+    if isinstance(prompts, Mapping):
+        masks = prompts.get("attention_mask", [[1] * len(ids) for ids in prompts["input_ids"]])
+        kept = zip(prompts["input_ids"], masks, strict=True)
+        rows = [[int(token) for token, shown in zip(*row, strict=True) if shown] for row in kept]
+    else:
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        if prompts and tokenizer is None:
+            raise ValueError(
+                "expected a tokenizer for texts; give tokenizer= to the model or to this call, or token ids"
+            )
+        rows = [tokenizer(prompt)["input_ids"] for prompt in prompts]
+        if rows and not ended and len(rows[0]) > 1 and rows[0][-1] == tokenizer.eos_token_id:
+            rows = [ids[:-1] for ids in rows]
+    if not rows:
         raise ValueError("expected at least one prompt, got none")
-    if tokenizer is None:
-        raise ValueError("expected a tokenizer for texts; give tokenizer= to the model or to this call, or token ids")
-    rows = [tokenizer(prompt)["input_ids"] for prompt in prompts]
-    if not ended and len(rows[0]) > 1 and rows[0][-1] == tokenizer.eos_token_id:
-        rows = [ids[:-1] for ids in rows]
-    if len({len(ids) for ids in rows}) > 1 and tokenizer.pad_token is None:
+    if not all(rows):
+        raise ValueError(f"expected prompts with at least one token, got an empty one at {rows.index([])}")
+    pad = getattr(tokenizer, "pad_token_id", None)
+    if len({len(ids) for ids in rows}) > 1 and pad is None:
         raise ValueError("expected a tokenizer with a padding token for prompts of unequal length")
     # On the left, where it is no part of what follows.
     width = max(len(ids) for ids in rows)
-    fill = tokenizer.pad_token_id or 0
+    fill = pad or 0
     ids = torch.tensor([[fill] * (width - len(row)) + row for row in rows])
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
     return {"input_ids": ids, "attention_mask": mask}

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import sys
 import uuid
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 
@@ -22,6 +24,7 @@ from .data import Batch, batch_rows
 from .data.texts import IGNORED
 from .data_plate import DataPlate
 from .head import FixedHead, PointHead, check_head, check_in_memory, head_parameters, output_layer
+from .positions import positions, takes_positions
 from .priors.learned import LearnedScale
 
 # What the network is autocast to, by name; guide and loss are float32 always.
@@ -50,7 +53,12 @@ class BayesianLoRA:
         dropout: run the network in training mode while fitting.
 
     Raises:
-        ValueError: no target matched, a rank that does not fit, a head that is none of the above.
+        ValueError: no target matched, a rank that does not fit, a head that is none of the above, a network that peft
+            has changed or torch has compiled.
+        TypeError: an adapter, prior or likelihood that is a class or cannot be called.
+
+    Warns:
+        UserWarning: labels are classes, and the network has no head to train.
     """
 
     def __init__(
@@ -68,6 +76,8 @@ class BayesianLoRA:
         dropout: bool = False,
     ):
         self.network, self.adapter = network, LoRAXS() if adapter is None else adapter
+        _check_parts(self.adapter, prior, likelihood)
+        _check_plain(network)
         self.prior, self.likelihood = prior, likelihood
         self.tokenizer, self.size, self.dropout = tokenizer, size, dropout
         self.head_modules, self.head_scale = head_modules, head_scale
@@ -78,6 +88,13 @@ class BayesianLoRA:
         excluded |= {name for name, module in network.named_modules() if module is output}
         self.modules = find_targets(network, self.adapter.targets, self.adapter.layers, excluded)
         check_rank(self.adapter, self.modules)
+        self._takes_positions = takes_positions(network)
+        if not parameters and output is None and head in ("point", "bayesian") and hasattr(likelihood, "logits"):
+            warnings.warn(
+                f"no head was found in {type(network).__name__}: nothing is trained but the adapter; name its modules, "
+                "head_modules=[...], or write head='frozen'",
+                stacklevel=2,
+            )
         self.prepared = False  # whether `prepare` has seen the training data
         self._adapted, self._mixing = None, None  # the latter is what mixing_modules found
         self._learned_scale: LearnedScale | None = None
@@ -132,8 +149,8 @@ class BayesianLoRA:
     def class_names(self) -> list[str] | None:
         """The classes' names, from the likelihood, the data or the network's config."""
         names = getattr(self.likelihood, "class_names", None)
-        if names is None:
-            names = self._class_names
+        if names is None and self._class_names is not None and self.classes in (None, len(self._class_names)):
+            names = self._class_names  # a data set keeps the names of classes whose rows were dropped
         if names is None and self.classes is not None:
             labels = getattr(getattr(self.network, "config", None), "id2label", None) or {}
             names = [str(labels.get(i, i)) for i in range(self.classes)]
@@ -353,9 +370,33 @@ class BayesianLoRA:
 
     def _run(self, batch: Batch):
         inputs = {name: value for name, value in batch.items() if name != "labels"}
+        if self._takes_positions:
+            inputs |= positions(inputs)
         with self._autocast():
             return self.network(**inputs)
 
     def _autocast(self):
         dtype = PRECISIONS[self._precision]
         return torch.autocast(self.device.type, dtype, enabled=dtype is not None)
+
+
+def _check_parts(adapter, prior, likelihood) -> None:
+    """Raise a TypeError for a part that was given as its class, or as something that is none."""
+    examples = {"adapter": "LoRAXS()", "prior": "priors.Normal(0.1)", "likelihood": "likelihoods.Categorical()"}
+    for role, part in {"adapter": adapter, "prior": prior, "likelihood": likelihood}.items():
+        if isinstance(part, type):
+            raise TypeError(f"expected {role}={part.__name__}(...), got the class itself; write {part.__name__}()")
+        if not (hasattr(part, "bind") if role == "adapter" else callable(part)):
+            raise TypeError(f"expected {role}= such as {examples[role]}, got {part!r}")
+
+
+def _check_plain(network: nn.Module) -> None:
+    """Raise a ValueError for a network whose modules would not run the adapter's hooks, or are adapted already."""
+    if type(network).__name__ == "OptimizedModule":
+        raise ValueError("expected a network that is not compiled, got one of torch.compile; give network._orig_mod")
+    if any(getattr(module, "_compiled_call_impl", None) is not None for module in network.modules()):
+        raise ValueError("expected a network that is not compiled, got one after .compile(); load it again")
+    if "peft" in sys.modules:
+        from .peft_io import check_without_peft
+
+        check_without_peft(network)

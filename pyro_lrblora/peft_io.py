@@ -55,7 +55,7 @@ def export_peft(posterior: Posterior, folder, draws: int | None = None, seed: in
         ValueError: the mean of several modes, a network that carries peft layers, or other draws in the folder.
     """
     model, folder, head = posterior.model, Path(folder), posterior.head()
-    check_network(model)
+    check_without_peft(model.network)
     if draws is None:
         if isinstance(posterior.guide, EnsembleGuide | MixtureGuide):
             raise ValueError(
@@ -103,7 +103,7 @@ def import_peft(model: BayesianLoRA, source) -> tuple[Posterior, pd.DataFrame]:
             head that the model cannot take.
     """
     peft = _peft()
-    check_network(model)
+    check_without_peft(model.network)
     if isinstance(source, peft.PeftModel):
         updates, head = _read(source)
     else:
@@ -127,12 +127,12 @@ def import_peft(model: BayesianLoRA, source) -> tuple[Posterior, pd.DataFrame]:
     return Posterior(model, guide, Delta(), [], settings), _lost(model, updates, closest)
 
 
-def check_network(model: BayesianLoRA) -> None:
-    """Raise a ValueError if peft has changed the model's network."""
+def check_without_peft(network: nn.Module) -> None:
+    """Raise a ValueError if peft has changed the network."""
     _peft()
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    if any(isinstance(module, BaseTunerLayer) for module in model.network.modules()):
+    if any(isinstance(module, BaseTunerLayer) for module in network.modules()):
         raise ValueError(
             "expected a network without peft layers, got one that peft has changed in place; write "
             "peft_model.unload(), or load the base again"

@@ -10,7 +10,7 @@ from functools import wraps
 import pyro
 import torch
 from pyro import poutine
-from pyro.infer.autoguide import AutoDelta, AutoGuide
+from pyro.infer.autoguide import AutoDelta, AutoGuide, AutoLaplaceApproximation
 from pyro.nn import PyroModule
 from torch import Tensor
 
@@ -68,6 +68,12 @@ class Posterior:
     def is_point(self) -> bool:
         """Whether all mass is on one point (a Delta guide), with nothing to average over, and no evidence bound."""
         return isinstance(self.guide, DeltaGuide | AutoDelta)
+
+    @property
+    def has_bound(self) -> bool:
+        """Whether a fit of it maximises an evidence bound, not the log joint: its guide has a density while fitted."""
+        at_mode = self.is_point or self.guide_spec is AutoLaplaceApproximation
+        return not at_mode and getattr(self.guide, "has_density", True)
 
     @local_parameters
     @torch.no_grad()

@@ -65,7 +65,7 @@ def save(posterior: Posterior, folder) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     partial = [folder / f"{name}.partial" for name in FILES]
     save_file(_plain(tensors), partial[1])
-    partial[0].write_text(json.dumps(card | {"sha256": _sha256(partial[1])}, indent=1))
+    partial[0].write_text(json.dumps(card | {"sha256": _sha256(partial[1])}, indent=1, default=_plain_number))
     # Both are whole before either takes the old one's place; a crash between the two moves shows in the hash.
     for path, name in zip(partial, FILES, strict=True):
         os.replace(path, folder / name)
@@ -108,6 +108,12 @@ def load(folder, network: nn.Module, *, tokenizer=None, prior=None, likelihood=N
     # In the network's order, which is the order draws are made in; the file's is alphabetical.
     saved = part("head.")
     values = {name: saved[name] for name in model.head_start}
+    for name, start in model.head_start.items():
+        if saved[name].shape != start.shape:
+            raise ValueError(
+                f"expected a network with {name} {tuple(saved[name].shape)}, got {tuple(start.shape)}; load it with "
+                "the posterior's num_labels"
+            )
     model._set_head(FixedHead(values) if head in ("fixed", "frozen") else head, values)
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -212,6 +218,13 @@ def _autoguide(name: str) -> type[AutoGuide]:
     if not (isinstance(found, type) and issubclass(found, AutoGuide)):
         raise KeyError(f"no autoguide {name!r} in Pyro")
     return found
+
+
+def _plain_number(value):
+    """A number, or a list of them, of numpy's types, which JSON does not know."""
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    raise TypeError(f"expected values that JSON has, got {value!r}")
 
 
 def _plain(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

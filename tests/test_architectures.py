@@ -187,3 +187,16 @@ def test_one_warning_where_rows_are_run_one_at_a_time():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model.outputs(batch, latents, {})
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_padding_on_the_left_moves_no_row(name):
+    """GPT-2 counts padding where it is not told: a row's likelihood would depend on the longest row of its batch."""
+    network, batch = build(name), dict(batch_of(name))
+    batch.pop("labels", None)
+    batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+    model = lb.BayesianLoRA(network, lb.LoRAXS(2, targets="attention"), size=4)
+    left = {key: torch.nn.functional.pad(value, (3, 0)) for key, value in batch.items()}
+    with torch.no_grad():
+        plain, padded = (model.pretrained_outputs(each, {}).logits for each in (batch, left))
+    torch.testing.assert_close(padded, plain, atol=1e-5, rtol=1e-4)

@@ -38,13 +38,35 @@ def test_groups_dims_and_values():
     draws = posterior.sample(7, seed=0)
     np.testing.assert_array_equal(r.values[0], draws["R"].numpy())
     np.testing.assert_allclose(data["sample_stats"]["log_q"].values[0], posterior.log_prob(draws).numpy(), rtol=1e-5)
-    prediction = lb.predict(posterior, token_batches(), draws=7)
+    prediction = lb.predict(posterior, token_batches(), draws=7, antithetic=False)
     expected = -torch.nn.functional.cross_entropy(
         prediction.logits.flatten(0, 1), prediction.labels.repeat(7), reduction="none"
     ).reshape(7, 40)
     np.testing.assert_allclose(data["log_likelihood"]["labels"].values[0], expected.numpy(), rtol=1e-4, atol=1e-6)
     np.testing.assert_array_equal(data["observed_data"]["labels"].values, prediction.labels.numpy())
     assert set(np.unique(data["posterior_predictive"]["labels"].values)) <= {0, 1, 2}
+
+
+@pytest.mark.parametrize("seed", [0, 3, -1])
+def test_posterior_prior_and_labels_are_independent_noise(seed):
+    """N = D = 64: with one stream for all, the latents' numbers would be the labels' too."""
+    adapter, likelihood = lb.LoRAXS(4, targets=["query", "value"]), lb.likelihoods.Gaussian(1.0)
+    model = lb.BayesianLoRA(tiny_bert(classes=1), adapter, likelihood=likelihood, size=64)
+    assert model.sites.size == 64
+    spec = lb.guides.Diagonal()
+    posterior = lb.Posterior(model, spec(model), spec)
+    rows = [{k: v for k, v in batch.items() if k != "labels"} for batch in token_batches(64)]
+    data = posterior.to_arviz(rows, draws=50, seed=seed)
+    draws = posterior.sample(50, seed=seed)
+    np.testing.assert_array_equal(data["posterior"]["R"].values[0], draws["R"].numpy())
+    prediction = lb.predict(posterior, rows, draws=50, seed=seed, antithetic=False)
+    labels = data["posterior_predictive"]["labels"].values[0]
+    noise = (labels - prediction.loc.numpy()) / prediction.scale.numpy()
+    streams = [noise, *(data[group]["R"].values[0] for group in ("posterior", "prior"))]
+    streams = [(each.reshape(50, 64) - each.mean()).ravel() / each.std() for each in streams]
+    assert np.abs(np.corrcoef(streams) - np.eye(3)).max() < 5 / 3200**0.5
+    again = posterior.to_arviz(rows, draws=50, seed=seed)
+    np.testing.assert_array_equal(again["posterior_predictive"]["labels"].values[0], labels)
 
 
 def test_without_data_and_without_labels():
@@ -71,7 +93,7 @@ def test_texts_are_scored_as_wholes_and_kept_as_tokens(network):
         assert tokenizer.decode(ids[ids != -100]) == row["text"]
     scored = data["log_likelihood"]["text"]
     assert scored.dims == ("chain", "draw", "observation")
-    prediction = lb.predict(posterior, texts, draws=30)
+    prediction = lb.predict(posterior, texts, draws=30, antithetic=False)
     np.testing.assert_allclose(scored.values[0], prediction.token_log_probs.sum(-1).numpy(), rtol=1e-4)
     loo = az.loo(data)
     assert np.isfinite(float(loo.elpd_loo if hasattr(loo, "elpd_loo") else loo.elpd))
@@ -85,7 +107,7 @@ def test_choices_are_observations():
     posterior = lb.fit(model, items, guide=lb.guides.Diagonal(), steps=2, progress=False)
     data = posterior.to_arviz(items, draws=50)
     np.testing.assert_array_equal(data["observed_data"]["labels"].values, tiny_items(12)["label"])
-    log_probs = lb.predict(posterior, items, draws=50).logits.log_softmax(-1).numpy()
+    log_probs = lb.predict(posterior, items, draws=50, antithetic=False).logits.log_softmax(-1).numpy()
     right = log_probs[:, np.arange(12), tiny_items(12)["label"]]
     np.testing.assert_allclose(data["log_likelihood"]["labels"].values[0], right, rtol=1e-4)
     drawn = data["posterior_predictive"]["labels"]

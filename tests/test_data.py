@@ -8,6 +8,7 @@ from conftest import tiny_bert, tiny_reviews, tiny_tokenizer, token_batches
 
 import pyro_lrblora as lb
 from pyro_lrblora.data import as_batches
+from pyro_lrblora.data.batches import text_columns
 from pyro_lrblora.reviews import reviews
 
 
@@ -87,6 +88,10 @@ def test_class_names_come_from_the_data():
     assert given.class_names == ["no", "yes"]
 
 
+def with_column(name, values):
+    return tiny_reviews().remove_columns(name).add_column(name, values)
+
+
 BAD = {
     "empty data set": (lambda: tiny_reviews().select([]), ValueError, "at least one row"),
     "no batches": (list, ValueError, "at least one batch"),
@@ -98,6 +103,14 @@ BAD = {
     "no text": (lambda: tiny_reviews().remove_columns("text"), KeyError, "text columns"),
     "label too large": (lambda: tiny_reviews(classes=5), ValueError, r"labels 0\.\.2 for .* 3 classes, got \[3, 4\]"),
     "label -1": (lambda: [b | {"labels": b["labels"] - 1} for b in token_batches()], ValueError, r"got \[-1\]"),
+    "label and not labels": (
+        lambda: [{"label" if k == "labels" else k: v for k, v in b.items()} for b in token_batches()],
+        KeyError, "under 'labels', got 'label'",
+    ),
+    "rows, not batches": (lambda: tiny_reviews().to_list(), TypeError, "from_list"),
+    "labels of words": (lambda: with_column("label", ["good"] * 40), ValueError, "class_encode_column"),
+    "a label that is missing": (lambda: with_column("label", [None] + [1] * 39), ValueError, "None in row 0"),
+    "a text that is missing": (lambda: with_column("text", ["good", None] * 20), ValueError, "None in row 1"),
     "float labels": (lambda: [b | {"labels": b["labels"] / 2} for b in token_batches()], ValueError, "integer label"),
 }  # fmt: skip
 
@@ -161,3 +174,36 @@ def test_reviews_bad_arguments():
         reviews(0)
     with pytest.raises(ValueError, match="'films', 'hotels'"):
         reviews(5, domain="cars")
+
+
+def test_every_pair_of_text_columns_is_a_pair():
+    """QNLI has a question and a sentence: the sentence alone would be another task."""
+    rows = datasets.Dataset.from_dict({"question": ["a film", "dull"], "sentence": ["good", "bad"], "label": [0, 1]})
+    assert list(text_columns(rows, None)) == ["question", "sentence"]
+
+
+def test_a_loader_that_shuffles_is_scored_against_its_own_labels():
+    """Labels that are the network's own predictions: any other order of either shows."""
+    model = lb.BayesianLoRA(tiny_bert(), lb.LoRAXS(2), tokenizer=tiny_tokenizer())
+    posterior = lb.fit(model, token_batches(), guide=lb.guides.Delta(), epochs=1, progress=False)
+    rows = [{name: value[0] for name, value in batch.items()} for batch in token_batches(40, 1)]
+    torch.manual_seed(0)
+    own = lb.predict(posterior, torch.utils.data.DataLoader(rows, batch_size=7), draws=1).predicted
+    assert len(own.unique()) > 1
+    rows = [row | {"labels": label} for row, label in zip(rows, own, strict=True)]
+    loader = torch.utils.data.DataLoader(rows, batch_size=7, shuffle=True)
+    assert lb.predict(posterior, loader, draws=1).scores()["accuracy"] == 1
+    assert lb.predict(posterior, loader, draws=1, method="probit").scores()["accuracy"] == 1
+    fitted = lb.fit(model, rows_in(rows), validation=loader, guide=lb.guides.Delta(), epochs=3, progress=False,
+                    rates=lb.Rates(0, 0, 0, 0))  # fmt: skip
+    assert len({round(row["validation_nll"], 5) for row in fitted.history}) == 1
+
+
+def rows_in(rows):
+    return torch.utils.data.DataLoader(rows, batch_size=8)
+
+
+def test_a_dropped_class_keeps_its_name_out_of_the_model():
+    rows = tiny_reviews(20, classes=2).cast_column("label", datasets.ClassLabel(names=["no", "yes", "maybe"]))
+    model = lb.BayesianLoRA(tiny_bert(2), tokenizer=tiny_tokenizer()).prepare(rows)
+    assert model.class_names == ["LABEL_0", "LABEL_1"]

@@ -126,6 +126,10 @@ def test_what_follows_the_end_of_a_text_does_not_count():
         ({"temperature": 0.5}, "do_sample=True"),
         ({"prompts": []}, "at least one prompt"),
         ({"prompts": torch.ones(3)}, "token ids"),
+        ({"prompts": {"input_ids": [[5, 6], []]}}, "an empty one at 1"),
+        ({"return_dict_in_generate": True}, "other options of generate"),
+        ({"logits_processor": []}, "other options of generate"),
+        ({"max_length": 10}, "max_new_tokens="),
     ],
     ids=str,
 )
@@ -133,6 +137,17 @@ def test_bad_requests_are_refused(options, message):
     posterior = wide_posterior(tiny_llama())
     with pytest.raises(ValueError, match=message):
         lb.generate(posterior, **({"prompts": "good"} | options))
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_what_a_tokenizer_returned_is_a_prompt(side):
+    posterior = wide_posterior(tiny_llama())
+    texts = ["good", "a dull film"]
+    tokenizer = posterior.model.tokenizer
+    tokenizer.padding_side = side
+    encoded = tokenizer(texts, padding=True, return_tensors="pt")
+    options = {"draws": 2, "max_new_tokens": 4}
+    assert lb.generate(posterior, encoded, **options).texts == lb.generate(posterior, texts, **options).texts
 
 
 def test_a_network_that_cannot_generate_is_refused(bert):

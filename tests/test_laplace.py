@@ -237,6 +237,21 @@ def test_bad_arguments(point):
         lb.infer.laplace(model, token_batches(16), prior_precision="per_module", steps=1, progress=False)
 
 
+def test_a_point_fitted_to_other_rows_is_refused(point, monkeypatch):
+    monkeypatch.setattr(point.model, "outputs", lambda *args: pytest.fail("the network has run"))
+    with pytest.raises(ValueError, match="expected the N=24 rows that were fitted as training data, got 16 rows"):
+        lb.infer.laplace(point.model, token_batches(16), init=point)
+
+
+def test_sites_of_as_many_modules_are_not_those_of_all_modules():
+    """An MLP's two layers have their factors at two pairs of sites, each of one module per layer of the network."""
+    model = lb.BayesianLoRA(tiny_bert(), lb.LoRA(2, targets="mlp"))
+    assert {shape[0] for shape in model.sites.shapes.values()} == {2}
+    assert len(model.modules) == 4
+    with pytest.raises(ValueError, match="every latent site to cover all modules"):
+        lb.infer.laplace(model, None, prior_precision="per_module")
+
+
 def test_a_point_under_another_prior_is_refused():
     model = lb.BayesianLoRA(tiny_bert(), lb.LoRAXS(2)).prepare(token_batches())
     point = lb.fit(model, token_batches(), guide=lb.guides.Delta(), epochs=1, progress=False)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import GaussianNoise, LinearGaussian, label, tiny_bert, token_batches
 from pyro.infer import SVI, Trace_ELBO
-from pyro.infer.autoguide import AutoDelta
+from pyro.infer.autoguide import AutoDelta, AutoLaplaceApproximation
 from scipy import optimize
 from test_model import GUIDES
 
@@ -144,7 +144,11 @@ def test_a_fit_leaves_the_model_and_other_fits_alone():
     assert len(pyro.get_param_store()) == 0
 
 
-@pytest.mark.parametrize("guide", [lb.guides.Delta(), AutoDelta], ids=label)
+@pytest.mark.parametrize(
+    "guide",
+    [lb.guides.Delta(), AutoDelta, lb.guides.Dropout(0.2), lb.guides.Mixture(2, "delta"), AutoLaplaceApproximation],
+    ids=label,
+)
 def test_a_point_guide_leaves_the_scale_at_its_start(guide):
     posterior = fit(tiny_model(lb.priors.Learned(lb.priors.Normal(0.1))), guide=guide, epochs=3)
     torch.testing.assert_close(posterior.model.learned_scale.current, torch.tensor(0.1))

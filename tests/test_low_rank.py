@@ -1,14 +1,19 @@
 """Whether a covariance is low-rank, against dense matrices, and only asked where the answer is not assumed."""
 
 import numpy as np
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 from conftest import LinearGaussian
 from test_structure import drawn_exactly
-from truth import exact
+from torch.distributions import constraints
+from truth import exact, posterior_at
 
 import pyro_lrblora as lb
 from pyro_lrblora.diagnostics import low_rank
+from pyro_lrblora.guides.draws import Draws, DrawsGuide
+from pyro_lrblora.prior_predictive import prior_draws
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +48,58 @@ def test_stored_draws_find_the_same_and_shuffling_removes_it(problem):
     np.testing.assert_allclose(found["effective rank"], truth["effective rank"], rtol=0.1)
     covariance = found.loc["covariance", "effective rank"]
     assert covariance["reference"] < 0.8 * covariance["reference, no correlation"]
+
+
+def of_the_prior(model, draws=2000):
+    """Stored draws of the prior, as a chain leaves them where the data say nothing."""
+    kept = {name: value.unsqueeze(0) for name, value in prior_draws(model, draws, 0).items()}
+    return lb.Posterior(model, DrawsGuide(kept), Draws(1, draws))
+
+
+CORRELATED = lb.priors.MatrixNormal(0.1, row_correlation=0.8, column_correlation=0.8)
+
+
+def test_draws_of_a_correlated_prior_know_nothing_of_data(problem):
+    found = low_rank(of_the_prior(problem.model.with_prior(CORRELATED)))
+    assert found.spectra["precision from the data", "reference"].max() < 0.3  # of 2,000 draws
+    assert found.table.loc[("covariance", "reference"), "effective rank"] == pytest.approx(18, rel=0.03)
+    for part in ("covariance", "precision from the data"):
+        spectrum, null = (found.spectra[part, of] for of in ("reference", "reference, no correlation"))
+        np.testing.assert_allclose(spectrum, null, atol=0.1)
+
+
+def test_the_data_s_part_of_the_precision_in_units_of_a_correlated_prior():
+    """S^(1/2) F S^(1/2), F the Fisher information, for any S: here of a Kronecker product in both modules."""
+    problem = LinearGaussian(rank=3, modules=2)
+    problem.model = problem.model.with_prior(CORRELATED)
+    equal = 0.2 * torch.eye(3).double() + 0.8
+    prior = torch.block_diag(*2 * [0.01 * torch.kron(equal, equal)])
+    root = torch.linalg.cholesky(prior)
+    data = torch.linalg.eigvalsh(root.T @ problem.fisher @ root).flip(0)
+    found = low_rank(posterior_at(problem, problem.mean, (problem.fisher + prior.inverse()).inverse()))
+    np.testing.assert_allclose(found.spectra["precision from the data", "reference"], data, rtol=5e-3, atol=5e-3)
+    np.testing.assert_allclose(found.spectra["covariance", "reference"], 1 / (1 + data.flip(0)), rtol=5e-3)
+    assert found.note == ""
+
+
+class RealMixture(dist.MixtureSameFamily):
+    support = constraints.real_vector  # torch has no transform to its own
+
+
+def test_a_correlated_prior_of_unknown_covariance_has_no_precision_but_a_reason(problem):
+    def mixture(shapes):
+        weights = dist.Categorical(torch.ones(2))
+        root = torch.linalg.cholesky(0.2 * torch.eye(3) + 0.8)
+        parts = dist.MultivariateNormal(torch.zeros(2, 3), scale_tril=torch.tensor([0.1, 0.2])[:, None, None] * root)
+        rows = RealMixture(weights, parts)
+        return {name: pyro.sample(name, rows.expand(shape[:-1]).to_event(2)) for name, shape in shapes.items()}
+
+    found = low_rank(of_the_prior(problem.model.with_prior(mixture)))
+    assert {part for part, _ in found.table.index} == {"covariance"}
+    assert "no precision" in found.note
+    assert "RealMixture of (3,) at site 'R'" in found.note
+    sd = found.spectra["covariance", "reference, no correlation"]
+    np.testing.assert_allclose(sd, 1, atol=0.3)
 
 
 def test_few_draws_have_no_precision_but_a_reason(problem):

@@ -8,13 +8,18 @@ import numpy as np
 import pyro
 import pytest
 import torch
-from conftest import LinearGaussian, label, tiny_bert, token_batches
+from conftest import LinearGaussian, label, tiny_bert, tiny_reviews, tiny_tokenizer, token_batches
+from pyro import distributions as dist
 
 import pyro_lrblora as lb
 from pyro_lrblora.arviz_io import convergence
 from pyro_lrblora.infer.chains import ChainsNotConverged, log_joint, posterior_of_chains
+from pyro_lrblora.priors import prior_variance
+from pyro_lrblora.priors.variance import prior_covariance
 
 pytestmark = pytest.mark.filterwarnings("ignore::pyro_lrblora.infer.ChainsNotConverged")
+
+SGLD = importlib.import_module("pyro_lrblora.infer.sgld")  # its function hides it in the package
 
 # How much too large the variance comes out where G P has the eigenvalue 1, batches being all rows: the step times this.
 BIAS = {"sgld": 1 / 4, "sghmc": 1 / (2 * (2 - 0.3))}
@@ -69,9 +74,8 @@ def test_nuts_draws_from_the_exact_posterior(rank, full_mass, rows):
 def test_full_batch_chains_have_the_discretised_dynamics_own_moments(method, rank, options, monkeypatch):
     """On a Gaussian the stationary covariance is known: P^-1 (I - c G P)^-1, c being step times BIAS."""
     problem = LinearGaussian(rank, prior_scale={2: 0.7, 4: 0.1}[rank])
-    module, seen = importlib.import_module("pyro_lrblora.infer.sgld"), []
-    original = module.preconditioner
-    monkeypatch.setattr(module, "preconditioner", lambda *args: seen.append(original(*args)) or seen[-1])
+    original, seen = SGLD.preconditioner, []
+    monkeypatch.setattr(SGLD, "preconditioner", lambda *args: seen.append(original(*args)) or seen[-1])
     posterior = run(method, problem.model, problem.batches(24), draws=500, thin=4, burn_in=150, **options)
     shrink = options["step_size"] * BIAS[method] * seen[0].double().diag() @ problem.precision
     biased = torch.linalg.solve(torch.eye(rank**2).double() - shrink, problem.precision.inverse(), left=False)
@@ -109,11 +113,92 @@ def test_the_log_joint_is_exact_and_a_batchs_is_right_on_average():
     torch.testing.assert_close((whole - base).double(), quadratic(at) - quadratic(0 * at), rtol=1e-4, atol=1e-3)
 
 
+def unequal(problem, sizes):
+    parts = zip(*(value.split(sizes) for value in problem.batch.values()), strict=True)
+    return [dict(zip(problem.batch, part, strict=True)) for part in parts]
+
+
+@pytest.mark.parametrize("sizes", [(8, 8, 8), (22, 2), (3, 20, 1)])
+def test_every_row_counts_once_in_the_gradients_of_a_pass(sizes):
+    """A chain that stands still at zero: its gradients' mean over two passes is that of all rows, P m."""
+    problem, seen = LinearGaussian(2), []
+    SGLD.stochastic_gradient_chains(
+        lambda position, momentum, gradient, scale: seen.append(gradient.double()), problem.model,
+        unequal(problem, sizes), draws=2 * len(sizes) - 1, burn_in=1, thin=1, batch_size=1, chains=1, init=None, seed=0,
+        progress=False, tokenizer=None, settings={"method": "none"},
+    )  # fmt: skip
+    assert len(seen) == 2 * len(sizes)
+    torch.testing.assert_close(torch.stack(seen).mean(0), problem.precision @ problem.mean, rtol=1e-4, atol=1e-2)
+
+
+def stiffness(problem, prior):
+    """(D, D) precision of the prior, the preconditioner's values, and the exact posterior precision and mean."""
+    model = problem.model.with_prior(prior)
+    (blocks,) = prior_covariance(model.sample_prior, model.sites.shapes).values()
+    precision = problem.fisher + torch.block_diag(*blocks.inverse())
+    mean = torch.linalg.solve(precision, problem.precision @ problem.mean)
+    scale = SGLD.preconditioner(model, lb.data.as_batches([problem.batch]), model.sites, torch.zeros(problem.size))
+    return model, precision, mean, scale.double()
+
+
+@pytest.mark.parametrize("correlation", [0.5, 0.9, 0.99])
+@pytest.mark.parametrize("rank", [2, 4])
+def test_the_preconditioner_knows_a_correlated_priors_curvature(rank, correlation):
+    """G P has a largest eigenvalue of about 1, which is what the step's units are."""
+    problem = LinearGaussian(rank, prior_scale=0.1)
+    _, precision, _, scale = stiffness(problem, lb.priors.MatrixNormal(0.1, correlation, correlation))
+    largest = torch.linalg.eigvalsh(scale.sqrt()[:, None] * precision * scale.sqrt())[-1]
+    assert 0.4 < largest < 1.1
+
+
+def test_chains_under_a_correlated_prior():
+    """Where the prior is a hundred times stiffer than its variance tells."""
+    problem, prior = LinearGaussian(2, prior_scale=0.1), lb.priors.MatrixNormal(0.1, 0.9, 0.9)
+    model, precision, mean, scale = stiffness(problem, prior)
+    posterior = run("sghmc", model, problem.batches(24), draws=500, thin=4, burn_in=100, step_size=1.5, friction=0.1)
+    shrink = 1.5 / (2 * (2 - 0.1)) * scale.diag() @ precision
+    assert_moments(posterior, mean, torch.linalg.solve(torch.eye(4).double() - shrink, precision.inverse(), left=False))
+    rough = run("sgld", model, problem.batches(24), draws=200)
+    sd = precision.inverse().diagonal().sqrt()
+    assert (abs(flat_draws(rough) - mean.numpy()) / sd.numpy()).max() < 6
+
+
+def test_the_preconditioner_knows_a_prior_whose_sites_depend_on_each_other():
+    def tied(shapes):
+        a = pyro.sample("A", dist.Normal(0.0, 0.1).expand(shapes["A"]).to_event())
+        return {"A": a, "B": pyro.sample("B", dist.Normal(5 * a.mT, 0.01).to_event())}
+
+    model = lb.BayesianLoRA(tiny_bert(), lb.LoRA(1, ["query"], layers=[1]), tied, head="frozen", size=40)
+    scale = SGLD.preconditioner(model, lb.data.as_batches(token_batches()), model.sites, torch.zeros(32)).sqrt()
+    # Of each pair 1 / 0.1^2 + (5 / 0.01)^2, -5 / 0.01^2 and 1 / 0.01^2; the likelihood's part only adds to it.
+    eye = torch.eye(16)
+    prior = torch.cat([torch.cat([250100 * eye, -50000 * eye], 1), torch.cat([-50000 * eye, 10000 * eye], 1)])
+    assert 0.4 < torch.linalg.eigvalsh(scale[:, None] * prior * scale)[-1] < 1.1
+
+
+@pytest.mark.parametrize(
+    "prior", [lb.priors.Normal((0.3,)), lb.priors.Laplace(0.1), lb.priors.StudentT(0.1)], ids=label
+)
+def test_latents_that_are_independent_count_with_their_variance(prior, monkeypatch):
+    """Laplace's curvature is zero or infinite, and Student's t has more at its middle than its variance tells."""
+    problem = LinearGaussian(2)
+    model = problem.model.with_prior(prior)
+    precision = model.sites.join(prior_variance(model.sample_prior, model.sites.shapes)).reciprocal()
+    by_variance = lambda *args: (precision, lambda units: (precision / units).max())
+    found = []
+    for _ in range(2):
+        torch.manual_seed(5)
+        at = torch.full((4,), 0.1)
+        found.append(SGLD.preconditioner(model, lb.data.as_batches(problem.batches(8)), model.sites, at))
+        monkeypatch.setattr(SGLD, "_prior_curvature", by_variance)
+    assert torch.equal(*found)
+
+
 def test_nuts_integrates_over_a_horseshoes_scales():
     """D = 1: given s = global * local the latent is normal, and s is integrated out on a grid."""
     problem = LinearGaussian(1, rows=3)
     model = problem.model.with_prior(lb.priors.Horseshoe(0.3))
-    posterior = lb.infer.nuts(model, [problem.batch], draws=180, warmup=80, chains=1, max_tree_depth=5, progress=False)
+    posterior = lb.infer.nuts(model, [problem.batch], draws=300, warmup=80, chains=1, max_tree_depth=5, progress=False)
     draws = posterior.guide.by_chain()
     assert set(draws) == {"R", "R_local_scale", "global_scale"}
     assert (draws["R_local_scale"] > 0).all()
@@ -223,6 +308,15 @@ def test_network_model_store_and_generator_are_left_alone(method):
 
 
 @pytest.mark.parametrize("method", ["nuts", "sgld", "sghmc"])
+def test_the_same_batches_twice_give_the_same_draws(method):
+    """Though they shuffle, and each pass takes their order on."""
+    train = lb.Batches(tiny_reviews(), tiny_tokenizer(), batch_size=8 if method != "nuts" else 40, shuffle=0)
+    model = lb.BayesianLoRA(tiny_bert(), lb.LoRAXS(2, layers=[1]), head="frozen")
+    first, second = (run(method, model, train, seed=3).sample(6)["R"] for _ in range(2))
+    assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("method", ["nuts", "sgld", "sghmc"])
 def test_init_is_where_the_chain_starts(method, monkeypatch):
     """Seen from the first draws at a tiny step, or from what NUTS is given."""
     model = lb.BayesianLoRA(tiny_bert(), lb.LoRAXS(2, layers=[1])).prepare(token_batches())
@@ -283,6 +377,30 @@ def test_constrained_sites_are_left_to_nuts(method, prior):
     problem = LinearGaussian(2)
     with pytest.raises(ValueError, match=r"without constrained sites.*lb.infer.nuts"):
         run(method, problem.model.with_prior(prior), problem.batches(8))
+
+
+def users_mixture(shapes):
+    weights, scales = dist.Categorical(torch.tensor([0.5, 0.5])), torch.tensor([0.01, 1.0])
+    mixture = dist.MixtureSameFamily(weights, dist.Normal(0.0, scales))
+    return {name: pyro.sample(name, mixture.expand(shape).to_event()) for name, shape in shapes.items()}
+
+
+@pytest.mark.parametrize(
+    "prior", [lb.priors.SpikeSlab(0.1), lb.priors.Learned(lb.priors.SpikeSlab(0.1)), users_mixture], ids=label
+)
+@pytest.mark.parametrize("method", ["sgld", "sghmc"])
+def test_mixtures_are_left_to_nuts(method, prior):
+    """Before the data are looked at, whether or not the adapter is to see them."""
+    for adapter in (lb.LoRAXS(2), lb.LoRAXS(2, lb.projections.Gradient())):
+        model = lb.BayesianLoRA(tiny_bert(), adapter, prior, head="frozen")
+        with pytest.raises(TypeError, match=r"a mixture at site 'R'; write lb.infer.nuts"):
+            run(method, model, None)
+
+
+def test_a_prior_for_a_subspace_that_the_data_tell_is_not_judged_before():
+    model = lb.BayesianLoRA(tiny_bert(), lb.LoRAXS(3, lb.projections.Gradient(), layers=[1]), head="frozen")
+    prior = lb.priors.SingularValues.of(model.prepare(token_batches()))
+    assert run("sgld", model.with_prior(prior), token_batches()).sample(2)["R"].isfinite().all()
 
 
 @pytest.mark.parametrize("method", ["nuts", "sgld", "sghmc"])

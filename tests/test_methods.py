@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import LinearGaussian, label, tiny_bert, tiny_tokenizer, token_batches
+from conftest import LinearGaussian, LinearNetwork, label, tiny_bert, tiny_reviews, tiny_tokenizer, token_batches
 from pyro.infer.autoguide import AutoNormal
 
 import pyro_lrblora as lb
@@ -115,6 +115,27 @@ def test_swag_collects_at_the_mode_of_an_exact_problem():
     assert ((posterior.mean()["R"].flatten() - problem.mean).abs() / sd).max() < 0.5
 
 
+def test_swag_collects_at_the_mode_of_batches_of_unequal_size():
+    """From the exact mode, which a pass of a fixed order, 22 rows and then 2, must not leave."""
+    problem = LinearGaussian(rank=2)
+    parts = zip(*(value.split((22, 2)) for value in problem.batch.values()), strict=True)
+    batches = [dict(zip(problem.batch, part, strict=True)) for part in parts]
+    mode = lb.fit(problem.model, batches, guide=lb.guides.Delta(), steps=1, rates=STANDING, **QUIET)
+    mode.guide.loc.data.copy_(problem.mean)
+    options = {"burn_in": 0, "rates": lb.Rates(loc=0.003), "snapshots": 40, "every": 6, "columns": 4, "clip": None}
+    posterior = lb.infer.swag(problem.model, batches, init=mode, **options, **QUIET)
+    sd = torch.linalg.inv(problem.precision).diagonal().sqrt()
+    assert ((posterior.mean()["R"].flatten() - problem.mean).abs() / sd).max() < 0.3
+
+
+@pytest.mark.parametrize("burn_in", [0, 1])
+def test_swag_twice_with_the_same_batches(burn_in):
+    train = lb.Batches(tiny_reviews(), tiny_tokenizer(), batch_size=8, shuffle=0)
+    options = {"columns": 2, "snapshots": 3, "every": 2, "burn_in": burn_in, **QUIET}
+    first, second = (lb.infer.swag(classifier(), train, **options).sample(2, seed=0)["R"] for _ in range(2))
+    assert torch.equal(first, second)
+
+
 def test_swag_predicts_and_is_saved(tmp_path):
     posterior = lb.infer.swag(classifier(), token_batches(16), columns=3, snapshots=5, burn_in=1, **QUIET)
     same_after_the_file(posterior, tmp_path)
@@ -213,6 +234,37 @@ def test_ensembles_start_apart_and_can_be_reproduced():
     assert draw(spread=0.0).abs().max() == 0
 
 
+def test_every_member_has_an_order_of_its_own():
+    """Of Batches that shuffle by a seed of theirs; those that do not shuffle keep their order."""
+    batches = lambda shuffle: lb.Batches(tiny_reviews(), tiny_tokenizer(), batch_size=8, shuffle=shuffle)
+    model, train = classifier().prepare(batches(None)), batches(0)
+    # From one start, so that members differ in their order alone.
+    fit = lambda train: lb.infer.ensemble(model, train, members=2, spread=0.0, seed=5, epochs=2, **QUIET)
+    locs = lambda train: torch.stack([member.loc.detach() for member in fit(train).guide.members])
+    first = locs(train)
+    alone = [lb.fit(model, batches(seed), guide=lb.guides.Delta(), epochs=2, **QUIET).guide.loc for seed in (5, 6)]
+    torch.testing.assert_close(first, torch.stack(alone).detach())
+    assert not torch.equal(*first)
+    assert torch.equal(first, locs(train))
+    assert torch.equal(*locs(batches(None)))
+
+
+@pytest.mark.parametrize("per_module", [False, True])
+def test_the_average_of_learned_scales_is_geometric(per_module, tmp_path):
+    fits, prior = [], lb.priors.Learned(lb.priors.Normal(0.3), per_module)
+    keep = lambda row, fit: fits.append(fit) if row["epoch"] == 2 else None
+    posterior = lb.infer.ensemble(
+        classifier(prior), token_batches(16), members=2, guide=lb.guides.Diagonal(), epochs=2, spread=3.0,
+        rates=lb.Rates(scale=0.3), callbacks=[keep], **QUIET,
+    )  # fmt: skip
+    first, second = (fit.model.learned_scale.current for fit in fits)
+    assert not torch.allclose(first, second)
+    torch.testing.assert_close(posterior.model.learned_scale.current, (first * second).sqrt())
+    same_after_the_file(posterior, tmp_path)
+    loaded = lb.Posterior.load(tmp_path, tiny_bert())
+    assert torch.equal(loaded.model.learned_scale.current, posterior.model.learned_scale.current)
+
+
 def test_ensembles_refuse():
     for options, message in (({"members": 1}, "members to be an integer >= 2"), ({"init": 0}, "no init= for an ense")):
         with pytest.raises(ValueError, match=message):
@@ -284,6 +336,24 @@ def test_tfb_is_the_widest_within_tolerance(adapter, tmp_path):
         wanted = 0.0 if name[0] == "B" else posterior.settings["scale"] * 0.3
         assert float(value) == pytest.approx(wanted, rel=0.1, abs=1e-4)
     same_after_the_file(posterior, tmp_path)
+
+
+@pytest.mark.parametrize("noise", [0.05, 5.0])
+def test_tfb_tolerates_a_share_of_a_negative_nll_too(noise):
+    """Densities of numbers are above 1 where the noise is small."""
+    torch.manual_seed(0)
+    network, x = LinearNetwork(outputs=1).requires_grad_(False), torch.randn(64, 7)
+    batches = [{"x": x, "labels": network(x).flatten() + noise * torch.randn(64)}]
+    adapter = lb.LoRAXS(1, lb.projections.Random(), targets="all-linear")
+    model = lb.BayesianLoRA(network, adapter, lb.priors.Normal(0.3), lb.likelihoods.Gaussian(noise), head="frozen")
+    point = lb.fit(model, batches, guide=lb.guides.Delta(), epochs=200, rates=lb.Rates(loc=0.01), **QUIET)
+    posterior = lb.infer.tfb(point, batches, tolerance=0.01)
+    base, found = posterior.settings["nll_at_point"], posterior.settings["nll"]
+    assert (base < 0) == (noise < 1)
+    assert found <= base + 0.01 * abs(base)
+    posterior.guide.scale = 1.1 * posterior.guide.scale.detach()
+    assert lb.predict(posterior, batches, draws=10).nll > base + 0.01 * abs(base)
+    assert posterior.settings["scale"] > 0.01
 
 
 def test_tfb_refuses():

@@ -1,5 +1,7 @@
 """The Pyro model by hand (SVI, Predictive, NUTS, poutine), its head and its priors."""
 
+import warnings
+
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -218,3 +220,63 @@ def test_unknown_head():
         lb.BayesianLoRA(tiny_bert(), head_modules=["clasifier"])
     with pytest.raises(ValueError, match="expected a head with parameters"):
         lb.BayesianLoRA(tiny_bert(), head=lb.FixedHead({}))
+
+
+class Unnamed(torch.nn.Module):
+    """An encoder and a head, as people write it: nothing says which is which."""
+
+    def __init__(self):
+        super().__init__()
+        self.bert = tiny_bert().bert
+        self.classifier = torch.nn.Linear(16, 3)
+
+    def forward(self, input_ids, attention_mask):
+        return self.classifier(self.bert(input_ids=input_ids, attention_mask=attention_mask).pooler_output)
+
+
+def test_a_head_that_is_not_found_is_said():
+    with pytest.warns(UserWarning, match="no head was found in Unnamed.*head_modules="):
+        lb.BayesianLoRA(Unnamed(), lb.LoRAXS(2, targets=["query"]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        named = lb.BayesianLoRA(Unnamed(), lb.LoRAXS(2, targets=["query"]), head_modules=["classifier"])
+        lb.BayesianLoRA(Unnamed(), lb.LoRAXS(2, targets=["query"]), head="frozen")
+    assert set(named.head_start) == {"classifier.weight", "classifier.bias"}
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ({"adapter": lb.LoRAXS}, r"write LoRAXS\(\)"),
+        ({"adapter": "lora"}, r"such as LoRAXS\(\), got 'lora'"),
+        ({"prior": lb.priors.Normal}, r"write Normal\(\)"),
+        ({"prior": 0.1}, r"such as priors.Normal\(0.1\), got 0.1"),
+        ({"likelihood": lb.likelihoods.Categorical}, r"write Categorical\(\)"),
+    ],
+    ids=str,
+)
+def test_parts_of_the_wrong_kind(parts, message):
+    with pytest.raises(TypeError, match=message):
+        lb.BayesianLoRA(tiny_bert(), **parts)
+    with pytest.raises(TypeError, match="projection with `statistics`"):
+        lb.LoRAXS(2, lambda weight, rank: None)
+
+
+def test_a_compiled_network_is_refused():
+    """Its modules are called by code that was made without the adapter's hooks."""
+    with pytest.raises(ValueError, match="_orig_mod"):
+        lb.BayesianLoRA(torch.compile(tiny_bert(), backend="eager"))
+    network = tiny_bert()
+    network.compile(backend="eager")
+    with pytest.raises(ValueError, match="after .compile"):
+        lb.BayesianLoRA(network)
+
+
+def test_a_prior_with_parameters_of_its_own_is_refused():
+    def scaled(shapes):
+        scale = pyro.param("my_scale", torch.tensor(0.1))
+        normal = dist.Normal(0.0, scale)
+        return {name: pyro.sample(name, normal.expand(shape).to_event()) for name, shape in shapes.items()}
+
+    with pytest.raises(ValueError, match="my_scale.*priors.Learned"):
+        lb.fit(lb.BayesianLoRA(tiny_bert(), lb.LoRAXS(2), scaled), token_batches(), progress=False)

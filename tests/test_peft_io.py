@@ -41,7 +41,7 @@ def in_peft(network, folder, **inputs):
 
 
 def predicted(posterior, **options):
-    return lb.predict(posterior, [BATCH], **options).logits
+    return lb.predict(posterior, [BATCH], antithetic=False, **options).logits
 
 
 def check_mean(posterior, base, folder):
@@ -439,3 +439,9 @@ def test_other_kinds_of_adapters_and_heads_that_cannot_change():
     with pytest.raises(ValueError, match="without peft layers"):
         lb.import_peft(lb.BayesianLoRA(adapted.get_base_model(), lb.LoRA(3, ["query.base_layer"])), adapted)
     assert base_weight(model.modules["bert.encoder.layer.0.attention.self.query"]).shape == (16, 16)
+
+
+def test_a_network_that_peft_has_changed_is_refused():
+    config = peft.LoraConfig(task_type="SEQ_CLS", target_modules=["query"])
+    with pytest.raises(ValueError, match="without peft layers"):
+        lb.BayesianLoRA(peft.get_peft_model(tiny_bert(), config))

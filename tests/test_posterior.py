@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 
+import numpy as np
 import pyro
 import pytest
 import torch
@@ -128,11 +129,11 @@ def test_pairs_take_most_of_the_noise_out_of_a_prediction():
     whole = lb.predict(posterior, token_batches(), draws=2000, seed=99).probs
 
     def error(antithetic):
-        found = [lb.predict(posterior, token_batches(), draws=10, seed=seed, antithetic=antithetic) for seed in range(8)]
-        return float(torch.stack([each.probs - whole for each in found]).square().mean())
+        options = {"draws": 10, "antithetic": antithetic}
+        found = [lb.predict(posterior, token_batches(), seed=seed, **options).probs for seed in range(8)]
+        return float((torch.stack(found) - whole).square().mean())
 
     assert error(antithetic=True) < 0.2 * error(antithetic=False)
-
 
 
 @pytest.mark.parametrize("guide", [lb.guides.LowRankPrecision(2), AutoNormal], ids=label)
@@ -234,6 +235,22 @@ def test_saving_again_replaces_and_a_crash_keeps_the_old(tmp_path, monkeypatch):
     assert loaded.guide_spec == lb.guides.Diagonal()
     second.save(tmp_path)
     assert lb.Posterior.load(tmp_path, tiny_bert()).guide_spec == lb.guides.LowRank(2)
+
+
+def test_a_network_with_another_head_is_refused(tmp_path):
+    fit(lb.guides.Diagonal()).save(tmp_path)
+    with pytest.raises(ValueError, match=r"classifier.weight \(3, 16\), got \(2, 16\).*num_labels"):
+        lb.Posterior.load(tmp_path, tiny_bert(2))
+
+
+def test_settings_of_numpy_are_saved(tmp_path):
+    model = lb.BayesianLoRA(tiny_bert(), lb.LoRAXS(2, layers=np.arange(1)))
+    options = {"rates": lb.Rates(loc=np.float32(1e-3)), "clip": np.float32(1)}
+    posterior = lb.fit(model, token_batches(), epochs=1, progress=False, **options)
+    posterior.save(tmp_path)
+    again = lb.Posterior.load(tmp_path, tiny_bert())
+    assert list(again.model.adapter.layers) == [0]
+    assert again.settings["clip"] == 1
 
 
 def test_another_base_is_refused(tmp_path):

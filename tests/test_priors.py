@@ -3,6 +3,8 @@
 import math
 
 import numpy as np
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 from conftest import label, tiny_bert, token_batches
@@ -16,6 +18,7 @@ from test_model import PRIORS
 import pyro_lrblora as lb
 from pyro_lrblora.adapters.targets import base_weight
 from pyro_lrblora.priors import prior_variance
+from pyro_lrblora.priors.variance import prior_covariance
 
 pytestmark = pytest.mark.filterwarnings("ignore::pyro_lrblora.ScalesNotConverged")
 
@@ -146,6 +149,65 @@ def test_matrix_normal_draws_are_correlated_within_a_module_only():
     torch.testing.assert_close(correlation, torch.kron(rows, columns), atol=0.03, rtol=0)
     assert abs(float(draw.std()) - 2.0) < 0.03
     assert abs(float(torch.corrcoef(draw[:, 0, 0].reshape(2, -1))[0, 1])) < 0.04
+
+
+def gamma_prior(shapes):
+    """A user's own scales, of a distribution without an inverse cdf."""
+    scale = pyro.sample("scale", dist.Gamma(2.0, 20.0).expand((3, 1, 1)).to_event())
+    return {name: pyro.sample(name, dist.Normal(0.0, scale).expand(shape).to_event()) for name, shape in shapes.items()}
+
+
+def cauchy_prior(shapes):
+    cauchy = dist.Cauchy(0.0, 0.1)
+    return {name: pyro.sample(name, cauchy.expand(shape).to_event()) for name, shape in shapes.items()}
+
+
+SLAB = stats.invgamma(2.0, scale=2.0).median()
+
+
+@pytest.mark.parametrize(
+    ("prior", "sd", "tolerance"),
+    [
+        (lb.priors.LayerScale(0.1, 1.0), 0.1, 1e-5),
+        (lb.priors.Learned(lb.priors.LayerScale(0.1), per_module=True), 0.1, 1e-5),
+        (lb.priors.Horseshoe(0.1), 0.1, 1e-5),
+        (lb.priors.RegularisedHorseshoe(0.1), (SLAB * 0.01 / (SLAB + 0.01)) ** 0.5, 1e-3),
+        (gamma_prior, stats.gamma(2.0, scale=1 / 20).median(), 0.05),
+        (cauchy_prior, 0.1 / 0.6745, 0.15),
+    ],
+    ids=label,
+)
+def test_prior_sd_at_the_median_of_the_scales(prior, sd, tolerance):
+    """The same for every latent and in every call, wherever torch's own generator is, which stays there."""
+    seen = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        before = torch.get_rng_state()
+        seen.append(prior_variance(lambda: prior(SHAPES), ["R"])["R"].sqrt())
+        assert torch.equal(torch.get_rng_state(), before)
+    torch.testing.assert_close(seen[0], torch.full(SHAPES["R"], float(sd)), rtol=tolerance, atol=0)
+    assert torch.equal(*seen)
+
+
+def row_normal(shapes):
+    """Rows of correlated entries, as torch has them: what MatrixNormal(0.2, 0.0, 0.6) is."""
+    family = lambda size: dist.MultivariateNormal(torch.zeros(size), 0.04 * (0.4 * torch.eye(size) + 0.6))
+    return {name: pyro.sample(name, family(shape[-1]).expand(shape[:-1]).to_event(2)) for name, shape in shapes.items()}
+
+
+def test_prior_covariance_is_that_of_the_draws():
+    shapes = {"R": torch.Size([2, 3, 2])}
+    equal = lambda size, r: (1 - r) * torch.eye(size).double() + r
+    covariance = lambda prior: prior_covariance(lambda: prior(shapes), shapes)["R"]
+    found = covariance(lb.priors.MatrixNormal(0.2, 0.3, 0.6))
+    truth = 0.04 * torch.kron(equal(3, 0.3), equal(2, 0.6))
+    torch.testing.assert_close(found, truth.expand(2, 6, 6), rtol=1e-5, atol=1e-8)
+    torch.testing.assert_close(covariance(row_normal), 0.04 * equal(2, 0.6).expand(6, 2, 2), rtol=1e-5, atol=1e-8)
+    strong = torch.linalg.eigvalsh(covariance(lb.priors.MatrixNormal(1.0, 0.999, 0.8)))[0, 0]
+    assert float(strong) == pytest.approx(0.001 * 0.2, rel=1e-2)
+    for prior in (lb.priors.Normal(0.3), lb.priors.LayerScale(0.1), cauchy_prior):
+        variance = prior_variance(lambda prior=prior: prior(shapes), shapes)["R"]
+        torch.testing.assert_close(covariance(prior), variance.double().reshape(12, 1, 1))
 
 
 def test_singular_values_follow_the_pretrained_weight():

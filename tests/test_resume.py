@@ -208,6 +208,18 @@ def test_other_texts_and_another_subspace_are_refused(begun):
     refused(begun, "one prepared in another", model=prepared)
 
 
+def test_a_head_with_another_start_is_refused(tmp_path):
+    """The scale of its prior, and whether it was probed, change the fit."""
+    with pytest.raises(CutOff):
+        fit(fresh_model().prepare(REVIEWS), checkpoint=tmp_path, callbacks=cut_after(2))
+    fit(fresh_model().prepare(REVIEWS), checkpoint=tmp_path)
+    other = fresh_model()
+    other.head_scale = 0.01
+    refused(tmp_path, "its head's start", model=lambda: fresh_model().prepare(REVIEWS, probe=False))
+    for model in (other, other.prepare(REVIEWS)):
+        refused(tmp_path, "expected head_scale=1.0", model=lambda model=model: model)
+
+
 def test_files_that_hold_no_fit_are_refused(begun, tmp_path):
     refused(tmp_path / "nowhere", "expected a fit to resume in", checkpoint=None, resume_from=tmp_path / "nowhere")
     whole = (begun / "fit.safetensors").read_bytes()

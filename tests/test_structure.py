@@ -1,5 +1,7 @@
 """The structure of a posterior against dense matrices, exact posteriors and closed forms."""
 
+from importlib import import_module
+
 import numpy as np
 import pytest
 import torch
@@ -15,6 +17,7 @@ from pyro_lrblora.diagnostics.spectra import effective_rank, from_draws
 from pyro_lrblora.diagnostics.structure import structure
 from pyro_lrblora.evidence import importance
 from pyro_lrblora.guides.draws import Draws, DrawsGuide
+from pyro_lrblora.guides.ensemble import Ensemble, EnsembleGuide
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +57,38 @@ def test_kl_per_module_and_in_all_are_those_of_the_marginals(problem):
     assert found.dependence == pytest.approx(joint - first - second, rel=1e-2)
 
 
+@pytest.mark.parametrize(
+    ("prior", "head", "reason"),
+    [
+        (lb.priors.Normal(0.1), "point", None),
+        (lb.priors.Normal(0.1), "bayesian", None),  # a site too, but the latents do not hang on it
+        (lb.priors.LayerScale(0.1), "point", "own sites (R_scale)"),
+        (lb.priors.LayerScale(0.1), "bayesian", "own sites (R_scale)"),
+        (lb.priors.Horseshoe(0.1), "point", "own sites (R_local_scale, global_scale)"),
+        (lb.priors.Laplace(0.1), "point", "a Normal prior"),
+    ],
+)
+def test_no_kl_to_a_prior_that_is_normal_only_given_its_scales(prior, head, reason):
+    model = lb.BayesianLoRA(tiny_bert(), lb.LoRAXS(2), prior, head=head, size=8)
+    spec = lb.guides.Diagonal()
+    found = structure(lb.Posterior(model, spec(model), spec))
+    kl = [found.kl, found.dependence, *found.modules["KL (nats)"]]
+    assert np.isnan(kl).all() if reason else np.isfinite(kl).all()
+    assert (reason or "") in found.note
+    assert ("no KL" in found.note) == (reason is not None)
+
+
+def test_contraction_is_against_the_median_scale():
+    """A posterior as wide as every module's median scale has learned nothing."""
+    model = lb.BayesianLoRA(tiny_bert(), lb.LoRAXS(2), lb.priors.LayerScale(0.1, 1.0), size=8)
+    spec = lb.guides.FullRank()
+    guide = spec(model)
+    guide.set(torch.zeros(32), [0.1 * torch.eye(32)])
+    table = structure(lb.Posterior(model, guide, spec)).modules
+    np.testing.assert_allclose(table["prior sd"], 0.1, rtol=1e-4)
+    np.testing.assert_allclose(table["contraction"], 0, atol=1e-4)
+
+
 def test_modules_are_measured_against_the_prior_and_each_other(problem):
     found, covariance = structure(exact(problem)), problem.precision.inverse()
     blocks = [covariance[i : i + 9, j : j + 9] for i in (0, 9) for j in (0, 9)]
@@ -72,6 +107,43 @@ def test_stored_draws_find_what_the_closed_form_says(problem):
     assert found.variance == pytest.approx(truth.variance, rel=0.1)
     np.testing.assert_allclose(found.modules["contraction"], truth.modules["contraction"], atol=0.02)
     assert found.correlation.iloc[0, 1] == pytest.approx(truth.correlation.iloc[0, 1], abs=0.03)
+
+
+def chains_apart(problem, chains=5, draws=200):
+    """Stored draws of chains around modes of their own, 2 apart along one direction that is in both modules."""
+    one = drawn_exactly(problem, chains * draws)
+    flat = one.model.sites.join(one.guide.by_chain()).reshape(chains, draws, -1)
+    flat[..., [0, 9]] += 2.0 * torch.arange(chains)[:, None, None]
+    return lb.Posterior(problem.model, DrawsGuide(problem.model.sites.split(flat)), Draws(chains, draws))
+
+
+def test_the_update_is_of_all_chains(problem):
+    """A and B are orthonormal: W - W0 varies as much as R does, which is mostly between the chains."""
+    found, truth = structure(chains_apart(problem)), structure(drawn_exactly(problem))
+    assert found.induced.sum() == pytest.approx(found.variance, rel=0.1)
+    assert found.variance > 5 * truth.variance
+    for name, values in found.spectra["W - W0"].items():
+        assert values.sum() == pytest.approx(found.spectra["latents"][name].sum(), rel=0.1)
+
+
+def test_the_correlation_is_of_all_chains(problem, monkeypatch):
+    posterior = chains_apart(problem)
+    whole = structure(posterior, draws=1000).correlation
+    monkeypatch.setattr(import_module(structure.__module__), "_PRODUCTS", 2 * 150**2)
+    few = structure(posterior, draws=1000).correlation
+    np.testing.assert_allclose(few, whole, atol=0.05)
+
+
+def test_the_update_is_of_all_members_of_an_ensemble(problem):
+    """Its draws take turns among the members: evenly spaced ones are one member's."""
+    spec, guides = lb.guides.Diagonal(), []
+    for member in range(5):
+        guides.append(spec(problem.model))
+        guides[-1].begin_at(torch.full((18,), float(member)))
+    ensemble = lb.Posterior(problem.model, EnsembleGuide(guides, [{}] * 5), Ensemble(spec, 5))
+    found = structure(ensemble)
+    assert found.induced.sum() == pytest.approx(found.variance, rel=0.1)
+    assert found.variance > 18 * 2.0
 
 
 def test_the_update_s_spectrum_is_that_of_w(problem):

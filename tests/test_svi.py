@@ -7,12 +7,14 @@ import pyro
 import pytest
 import torch
 from conftest import LinearGaussian, label, tiny_bert, tiny_reviews, tiny_tokenizer, token_batches
+from pyro.distributions import Normal
 from pyro.infer import Predictive
 from pyro.infer.autoguide import (
     AutoIAFNormal,
     AutoLowRankMultivariateNormal,
     AutoMultivariateNormal,
     AutoNormal,
+    AutoNormalMessenger,
 )
 from test_model import GUIDES, PRIORS, users_prior
 
@@ -163,6 +165,53 @@ def test_accumulation_is_one_step_on_the_larger_batch():
     torch.testing.assert_close(small.mean()["R"], large.mean()["R"], atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("sizes", [(22, 2), (5, 19)])
+def test_batches_of_unequal_size_in_a_fixed_order_find_the_exact_posterior(sizes):
+    problem = LinearGaussian(rank=2)
+    parts = zip(*(value.split(sizes) for value in problem.batch.values()), strict=True)
+    batches = [dict(zip(problem.batch, part, strict=True)) for part in parts]
+    posterior = fit(
+        problem.model, batches, guide=lb.guides.FullRank(), epochs=300, draws="shared", path_derivative=True,
+        rates=lb.Rates(loc=0.03, scale=0.03, factor=0.03),
+    )  # fmt: skip
+    q = posterior.guide.distribution()
+    assert problem.reverse_kl(q.mean.detach(), q.covariance().dense().detach()) < 0.1
+    # An ELBO is below the evidence, also where it is an average over batches.
+    assert sum(row["elbo"] for row in posterior.history[-50:]) / 50 * 24 == pytest.approx(problem.log_evidence, abs=1)
+
+
+def test_sites_that_depend_on_each_other_have_no_closed_form():
+    """KL of a guide that is the prior itself is zero; the product of its conditionals at one draw is another prior."""
+
+    def chained(shapes):
+        a = pyro.sample("A", Normal(0.0, 0.5).expand(shapes["A"]).to_event())
+        return {"A": a, "B": pyro.sample("B", Normal(a.mT, 0.1).to_event())}
+
+    model = lb.BayesianLoRA(tiny_bert(), lb.LoRA(1, targets=["query"]), chained)
+    assert fit(model, draws="shared").settings["kl"] == "mc"
+    with pytest.raises(ValueError, match="closed-form KL"):
+        fit(model, kl="closed")
+
+
+def test_parameters_expanded_from_fewer_numbers_are_trained():
+    """Under a fused step they would write past the end of their memory."""
+
+    class Expanded(lb.guides.LatentGuide):
+        def __init__(self, model):
+            super().__init__(model)
+            loc, _ = self.starting_point(model)
+            self.loc = torch.nn.Parameter(loc)
+            self.log_scale = torch.nn.Parameter(torch.tensor(-3.0).expand(len(loc)))
+
+        def distribution(self):
+            return Normal(self.loc, self.log_scale.exp()).to_event(1)
+
+    found = fit(lb.BayesianLoRA(tiny_bert(), lb.LoRAXS(2)), guide=Expanded, warm_start=False).guide.log_scale
+    assert found.is_contiguous()
+    assert len(found.unique()) > 1
+    fit(lb.BayesianLoRA(tiny_bert(), lb.LoRAXS(2)), guide=AutoNormalMessenger)
+
+
 def test_steps_override_epochs():
     assert fit(lb.BayesianLoRA(tiny_bert()), epochs=1, steps=12).history[-1]["step"] == 12
 
@@ -305,6 +354,17 @@ BAD = [
     ({"guide": "low_rank"}, TypeError, "guide spec"),
     ({"guide": lambda model: None}, TypeError, "PyroModule"),
     ({"guide": AutoNormal, "draws": "row"}, TypeError, "rowwise"),
+    ({"guide": lb.guides.LowRank}, TypeError, "write LowRank"),
+    ({"patience": 0, "validation": token_batches()}, ValueError, "patience to be an integer >= 1"),
+    ({"validation_draws": 0}, ValueError, "validation_draws"),
+    ({"warm_start_rows": 0}, ValueError, "warm_start_rows"),
+    ({"map_epochs": -1}, ValueError, "map_epochs to be an integer >= 0"),
+    ({"clip": 0}, ValueError, "clip=None for no clipping"),
+    ({"clip": -1.0}, ValueError, "expected clip > 0"),
+    ({"warmup": 3}, ValueError, "warmup"),
+    ({"rates": 1e-3}, TypeError, "Rates"),
+    ({"callbacks": print}, TypeError, "list of callables"),
+    ({"seed": None}, ValueError, "seed to be an integer"),
 ]
 
 

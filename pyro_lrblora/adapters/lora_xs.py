@@ -27,6 +27,7 @@ class LoRAXS:
             summed loss gradients say, see allocate_ranks. None gives every module the same rank.
 
     Raises:
+        TypeError: a projection without `statistics`.
         ValueError: a rank too small for the projection, or a budget without a projection that sums gradients.
     """
 
@@ -37,6 +38,11 @@ class LoRAXS:
     budget: int | None = None
 
     def __post_init__(self):
+        if not hasattr(self.projection, "statistics"):
+            raise TypeError(
+                f"expected a projection with `statistics`, such as projections.SVD(), got {self.projection!r}; see "
+                "pyro_lrblora.projections.Projection"
+            )
         if 1 <= self.rank < self.smallest_rank:
             raise ValueError(f"expected rank >= {self.smallest_rank} for {self.projection}, got rank={self.rank}")
         sums_gradients = hasattr(self.projection, "summed_gradient") and self.projection.statistics == "labels"

@@ -1,6 +1,6 @@
 """From a datasets.Dataset, or batches already made, to the batches a model takes: one file per kind of task."""
 
-from .batches import Batch, Batches, EncodedBatches, as_batches, batch_rows, endless, naming_the_batch
+from .batches import Batch, Batches, EncodedBatches, as_batches, batch_rows, endless, naming_the_batch, row_weight
 from .choices import Choices, Letters
 from .texts import Texts
 
@@ -15,4 +15,5 @@ __all__ = [
     "batch_rows",
     "endless",
     "naming_the_batch",
+    "row_weight",
 ]

@@ -13,13 +13,14 @@ from torch import Tensor
 
 Batch = Mapping[str, Tensor]
 
+# Pairs first: a pair's second text must not pass for all there is.
 _TEXT_COLUMNS = (
-    ("text",),
-    ("sentence",),
     ("sentence1", "sentence2"),
     ("premise", "hypothesis"),
     ("question", "passage"),
     ("question", "sentence"),
+    ("text",),
+    ("sentence",),
 )
 
 
@@ -69,10 +70,16 @@ class EncodedBatches:
         for start in range(0, self.rows, self._batch_size):
             yield self._collate(order[start : start + self._batch_size])
 
-    def restarted(self) -> EncodedBatches:
-        """The same batches with the order of their first pass ahead, so that a fit depends on no earlier one."""
+    def restarted(self, seed: int | None = None) -> EncodedBatches:
+        """The same batches with the order of their first pass ahead, so that a fit depends on no earlier one.
+
+        Args:
+            seed: another one for the order of batches that are shuffled.
+        """
         new = copy.copy(self)
-        new.generator = None if self._shuffle is None else torch.Generator().manual_seed(self._shuffle)
+        if self._shuffle is not None:
+            new._shuffle = self._shuffle if seed is None else seed
+            new.generator = torch.Generator().manual_seed(new._shuffle)
         return new
 
     def in_order(self) -> EncodedBatches:
@@ -123,7 +130,7 @@ class Batches(EncodedBatches):
         check_encodable(dataset, tokenizer)
         encoded = _encode(dataset, tokenizer, text, max_length)
         label = _label_column(dataset, label)
-        labels = None if label is None else torch.as_tensor(np.asarray(dataset[label]))
+        labels = None if label is None else _labels(dataset, label)
         lengths = [len(ids) for ids in encoded["input_ids"]]
         super().__init__(encoded, labels, tokenizer, batch_size, shuffle, by_length, lengths)
         self.class_names = getattr(dataset.features.get(label), "names", None)
@@ -165,8 +172,7 @@ class _GivenBatches:
         sizes, labels = [], []
         self.longest, self.for_decoder = 0, False
         for batch in batches:
-            if not isinstance(batch, Mapping):
-                raise TypeError(f"expected batches to be dicts of tensors, got {type(batch).__name__}")
+            _check_batch(batch)
             sizes.append(batch_rows(batch))
             labels.append(batch.get("labels"))
             tokens = [batch.get(name) for name in ("input_ids", "decoder_input_ids")]
@@ -175,7 +181,7 @@ class _GivenBatches:
         if not sizes:
             raise ValueError("expected at least one batch of data, got none")
         self.rows = sum(sizes)
-        self.labels = None if any(label is None for label in labels) else _joined([x.cpu() for x in labels])
+        self.labels = _joined(labels)
         self.order = np.arange(self.rows)
         self._length = len(sizes)
 
@@ -183,9 +189,14 @@ class _GivenBatches:
         return self._length
 
     def __iter__(self) -> Iterator[Batch]:
-        return iter(self.source)
+        labels = []
+        for batch in self.source:
+            labels.append(batch.get("labels"))
+            yield batch
+        # A DataLoader may shuffle: whoever reads them after a pass finds them in its order.
+        self.labels = _joined(labels)
 
-    def restarted(self) -> _GivenBatches:
+    def restarted(self, seed: int | None = None) -> _GivenBatches:
         """Itself: where its order comes from is the user's affair."""
         return self
 
@@ -209,17 +220,45 @@ def as_batches(data, tokenizer=None, **options) -> EncodedBatches | _GivenBatche
     return _GivenBatches(data)
 
 
-def _joined(labels: list[Tensor]) -> Tensor:
-    """Labels (B, ...) of all batches as (N, ...); those of texts (B, T) filled up with -100."""
+def _joined(labels: list[Tensor | None]) -> Tensor | None:
+    """Labels (B, ...) of all batches as (N, ...), None where one has none; those of texts (B, T) filled with -100."""
+    if any(label is None for label in labels):
+        return None
+    labels = [label.cpu() for label in labels]
     if labels[0].dim() == 2 and not labels[0].is_floating_point():
         longest = max(label.shape[1] for label in labels)
         labels = [torch.nn.functional.pad(label, (0, longest - label.shape[1]), value=-100) for label in labels]
-    return torch.cat(labels)
+    joined = torch.cat(labels)
+    return joined if joined.is_floating_point() else joined.long()
 
 
 def batch_rows(batch: Batch) -> int:
     """B, the number of rows of a batch."""
     return next(len(value) for value in batch.values() if isinstance(value, Tensor) and value.dim())
+
+
+def row_weight(batch: Batch, batches: EncodedBatches | _GivenBatches) -> float:
+    """What makes N / B times a batch's log likelihood right on average over a pass: 1 for batches of one size.
+
+    By itself N / B counts every batch alike, and so a row of a smaller one for more.
+
+    Args:
+        batch: B rows.
+        batches: all of a pass, N rows.
+    """
+    return batch_rows(batch) * len(batches) / batches.rows
+
+
+def _check_batch(batch: Batch) -> None:
+    if not isinstance(batch, Mapping):
+        raise TypeError(f"expected batches to be dicts of tensors, got {type(batch).__name__}")
+    if not any(isinstance(value, Tensor) and value.dim() for value in batch.values()):
+        kinds = {name: type(value).__name__ for name, value in batch.items()}
+        raise TypeError(
+            f"expected batches to be dicts of tensors, got {kinds}; a list of rows is datasets.Dataset.from_list(rows)"
+        )
+    if "label" in batch and "labels" not in batch:
+        raise KeyError("expected a batch's labels under 'labels', got 'label'; write rename_column('label', 'labels')")
 
 
 def endless(batches: Iterable[Batch]) -> Iterator[tuple[int, Batch]]:
@@ -247,7 +286,15 @@ def _encode(dataset, tokenizer, text, max_length) -> dict[str, list]:
         return {name: [list(row) for row in dataset[name]] for name in kept}
     names = text_columns(dataset, text)
     limit = max_length or min(tokenizer.model_max_length, 512)
-    encoded = tokenizer(*(list(dataset[name]) for name in names), truncation=True, max_length=limit)
+    texts = [list(dataset[name]) for name in names]
+    for name, column in zip(names, texts, strict=True):
+        wrong = next((row for row, value in enumerate(column) if not isinstance(value, str)), None)
+        if wrong is not None:
+            raise ValueError(
+                f"expected texts in column {name!r}, got {column[wrong]!r} in row {wrong}; drop those rows with "
+                f"dataset.filter(lambda row: isinstance(row[{name!r}], str))"
+            )
+    encoded = tokenizer(*texts, truncation=True, max_length=limit)
     return {name: encoded[name] for name in encoded}
 
 
@@ -267,6 +314,18 @@ def text_columns(dataset, text: str | Sequence[str] | None) -> Sequence[str]:
         f"expected one of the text columns {[list(names) for names in _TEXT_COLUMNS]}, got columns {columns}; "
         "write lb.Batches(dataset, tokenizer, text=...)"
     )
+
+
+def _labels(dataset, label: str) -> Tensor:
+    values = np.asarray(dataset[label])
+    if values.dtype.kind not in "iufb":
+        row = next(row for row, value in enumerate(values.tolist()) if not isinstance(value, int | float))
+        raise ValueError(
+            f"expected numbers in the label column {label!r}, got {values.tolist()[row]!r} in row {row}; write "
+            f"dataset.class_encode_column({label!r}), and drop rows without a label first"
+        )
+    labels = torch.as_tensor(values)
+    return labels if labels.is_floating_point() else labels.long()
 
 
 def _label_column(dataset, label: str | None) -> str | None:

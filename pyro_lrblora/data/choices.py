@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import datasets
 import torch
@@ -117,6 +117,12 @@ def _items(dataset, tokenizer, question: str, choices: str, label: str):
     """Questions, lists of choices and labels, checked."""
     check_encodable(dataset, tokenizer)
     check_columns(dataset, question, choices)
+    nested = next((row for row in dataset[choices] if isinstance(row, Mapping | str)), None)
+    if nested is not None:
+        raise ValueError(
+            f"expected lists of texts in column {choices!r}, got {nested!r}; write dataset.map(lambda row: "
+            f"{{{choices!r}: row[{choices!r}]['text']}}) where the texts lie under 'text'"
+        )
     options = [[str(choice) for choice in row] for row in dataset[choices]]
     counts = [len(row) for row in options]
     if len(set(counts)) > 1 or counts[0] < 2:

@@ -21,8 +21,8 @@ def draws_sweep(
     Args:
         prediction: logits (S, N, C) with labels.
         sizes: how many draws to average, each at most S; None is 1, 2, 4, 8, ... and S.
-        repeats: random subsets of each size, without replacement; of an even size, of pairs of neighbours, which `predict`
-            mirrors.
+        repeats: random subsets of each size, without replacement; of an even size, of pairs of neighbours, which are
+            what `predict` mirrors.
         seed: of the subsets.
         bins: of the ECE, equal width.
 

@@ -120,7 +120,7 @@ def _groups(posterior: Posterior) -> dict[str, list[Tensor]]:
     for name, parameter in posterior.guide.named_parameters():
         kind = name.removeprefix("extra.").split(".")[0]
         groups["factor" if "factor" in kind else "scale" if "scale" in kind else "loc"].append(parameter)
-    if learned is not None and not posterior.is_point:
+    if learned is not None and posterior.has_bound:
         groups["scale"] += learned.parameters()
     if groups["loc"] + groups["scale"] + groups["factor"] and head is not None:
         groups["head"] += head.parameters()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,7 +14,7 @@ from ..guides.draws import DrawsGuide
 from ..guides.full_rank import FullRankGuide
 from ..infer.chains import R_HAT
 from ..posterior import Posterior, local_parameters
-from ..priors import prior_variance
+from ..priors.variance import prior_covariance, prior_variance
 from ..projections import Random
 from .spectra import effective_rank, eigenvalues
 
@@ -30,9 +31,9 @@ def low_rank(reference: Posterior, random: Posterior | None = None, seed: int = 
     Both in units of the prior. The data's part of the precision is S^(1/2) C^-1 S^(1/2) - I, C the posterior's and S
     the prior's covariance: under a Normal prior it is the Fisher information in those units, and of low rank where the
     data determine few directions (the covariance is the identity minus low rank then, and itself of full rank). The
-    nulls: the same marginals without correlation, of draws by shuffling each latent alone; and the posterior in a
-    random subspace. An effective rank well below both is structure. Chains that have not converged stand apart, and the
-    direction between them alone makes any covariance look low-rank: then `doubt` says so.
+    nulls: the same marginals in those units without correlation, of draws by shuffling each alone; and the posterior
+    in a random subspace. An effective rank well below both is structure. Chains that have not converged stand apart,
+    and the direction between them alone makes any covariance look low-rank: then `doubt` says so.
 
     Args:
         reference: stored draws (lb.infer.nuts), or a normal with a free covariance (laplace structure="full").
@@ -51,10 +52,15 @@ def low_rank(reference: Posterior, random: Posterior | None = None, seed: int = 
     rows, spectra = {}, {}
     notes, doubts = [], list(filter(None, (_doubt(posterior, name) for name, posterior in named.items())))
     for name, posterior in named.items():
-        for label, whitened, draws in _whitened(posterior, name, seed):
+        whiten, unknown = _units(posterior.model)
+        if unknown:
+            notes.append(f"{name}: no precision, and its covariance in units of the prior's sd only: {unknown}")
+        for label, whitened, draws in _whitened(posterior, name, whiten, seed):
             values = eigenvalues(whitened)
             parts = {"covariance": (values, draws)}
-            if draws is None or draws >= _PER_LATENT * len(values):
+            if unknown:
+                pass
+            elif draws is None or draws >= _PER_LATENT * len(values):
                 parts["precision from the data"] = ((1 / values.clamp(min=1e-12) - 1).clamp(min=0).flip(0), None)
             else:
                 notes.append(f"{label}: no precision, {draws} draws are fewer than {_PER_LATENT} per latent")
@@ -126,17 +132,39 @@ def _doubt(posterior: Posterior, name: str) -> str:
     return ""
 
 
-def _whitened(posterior: Posterior, name: str, seed: int) -> list[tuple[str, Tensor, int | None]]:
+def _units(model) -> tuple[Callable[[Tensor], Tensor], str]:
+    """What takes flat latents (..., D) to units of the prior, S^(-1/2) times each; and why S is its diagonal only."""
+    try:
+        covariance, unknown = prior_covariance(model.sample_prior, model.sites.shapes), ""
+    except TypeError as error:
+        variance, unknown = prior_variance(model.sample_prior, model.sites.shapes), str(error)
+        covariance = {name: value.double().reshape(-1, 1, 1) for name, value in variance.items()}
+    roots = {}
+    for name, blocks in covariance.items():
+        values, vectors = torch.linalg.eigh(blocks.cpu())
+        roots[name] = (vectors * values.rsqrt().unsqueeze(-2)) @ vectors.mT
+
+    def whiten(flat: Tensor) -> Tensor:
+        parts = flat.split([len(root) * root.shape[-1] for root in roots.values()], dim=-1)
+        pieces = [part.unflatten(-1, root.shape[:2]) for part, root in zip(parts, roots.values(), strict=True)]
+        whitened = [torch.einsum("...be,bef->...bf", *each) for each in zip(pieces, roots.values(), strict=True)]
+        return torch.cat([each.flatten(-2) for each in whitened], dim=-1)
+
+    return whiten, unknown
+
+
+def _whitened(
+    posterior: Posterior, name: str, whiten: Callable[[Tensor], Tensor], seed: int
+) -> list[tuple[str, Tensor, int | None]]:
     """Label, covariance in units of the prior (D, D) and the draws it is from: as it is, and without correlations."""
     model, bare = posterior.model, f"{name}, no correlation"
-    sd = model.sites.join(prior_variance(model.sample_prior, model.sites.shapes)).double().cpu().sqrt()
     if isinstance(posterior.guide, FullRankGuide):
-        covariance = posterior.covariance().dense().double().cpu() / sd.outer(sd)
+        covariance = whiten(whiten(posterior.covariance().dense().double().cpu()).T)
         return [(name, covariance, None), (bare, covariance.diagonal().diag(), None)]
-    draws = model.sites.join(posterior.sample(posterior.guide.total)).double().cpu() / sd
+    draws = model.sites.join(posterior.sample(posterior.guide.total)).double().cpu()
     if not bool((draws.amax(0) > draws.amin(0)).any()):
         raise ValueError("expected a reference whose latents vary, got one whose draws are all the same")
-    generator = torch.Generator().manual_seed(seed)
+    draws, generator = whiten(draws), torch.Generator().manual_seed(seed)
     shuffled = draws.gather(0, torch.rand(draws.shape, generator=generator).argsort(0))
     return [(label, torch.cov(each.T).reshape(2 * [each.shape[1]]), len(draws))
             for label, each in ((name, draws), (bare, shuffled))]  # fmt: skip

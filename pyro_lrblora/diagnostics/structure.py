@@ -23,6 +23,7 @@ _DENSE = 2048  # latents, up to which the covariance is decomposed whole
 _BLOCK = 512  # latents of a module, up to which its block is written out
 _TOP = {"first direction": 1, "first eight": 8}  # of a spectrum, whose share of the variance is in the table
 _UPDATES = 100  # draws of W - W0, whose inner products take the square of it
+_PRODUCTS = 4e7  # inner products of draws, of all modules together, for their correlation
 
 
 @local_parameters
@@ -65,13 +66,15 @@ def structure(posterior: Posterior, draws: int = 500, seed: int = 0) -> Structur
         else spectra.from_draws(centred / scale)[: len(scale)]
     )
     eigenvalues, one = spectrum(torch.ones_like(prior)), prior.sqrt()
-    gram, sizes = _update_products(model, samples)
+    # Not the first of `samples`: of stored draws these are the first chain's.
+    updates = min(draws, _UPDATES)
+    spread = {name: value.cpu() for name, value in posterior.sample(updates, seed=seed).items()}
+    gram, sizes = _update_products(model, spread)
     mean = model.sites.join(posterior.mean()).double().cpu()
     blocks = _blocks(model, covariance, centred)
     found = {"latents": {}, "W - W0": {}}
     kl, dependence, table = _modules(posterior, blocks, prior, mean, None if exact else draws, notes, found["latents"])
     found["W - W0"] = {name: spectra.from_products(each) for name, each in gram.items()}
-    updates = len(next(iter(gram.values())))
     table["W - W0: effective rank"] = {
         name: spectra.effective_rank(torch.as_tensor(values), updates) for name, values in found["W - W0"].items()
     }
@@ -126,7 +129,8 @@ class Structure:
             those of all together; without the latents of a module that has more than 512.
         correlation: (L, L) RV coefficients between modules, 0 to 1 (Robert & Escoufier 1976); from draws debiased (Song
             et al. 2012).
-        kl: of all latents to the prior, nats; NaN where there is no closed form.
+        kl: of all latents to the prior, nats; NaN where there is no closed form, as with a prior that has scales of its
+            own.
         dependence: kl minus the sum over modules, nats: what the modules know of each other.
         exact: whether the spectrum is in closed form.
         draws: S.
@@ -179,7 +183,7 @@ def _covariance(posterior: Posterior):
 
 def _update_products(model, samples) -> tuple[dict[str, Tensor], dict[str, tuple[int, float]]]:
     """Inner products (S, S) of draws of W - W0 by module, and the entries and norm of W0."""
-    drawn = {name: samples[name][:_UPDATES] for name in model.sites.shapes}
+    drawn = {name: samples[name] for name in model.sites.shapes}
     sizes, draws = {}, len(next(iter(drawn.values())))
     gram = {name: torch.empty(draws, draws, dtype=torch.float64) for name in model.modules}  # first: see _blocks
     for name, latent in model.adapted.per_module(drawn).items():
@@ -234,10 +238,14 @@ def _modules(
     posterior, blocks, prior, mean, drawn: int | None, notes: list[str], found: dict[str, np.ndarray]
 ) -> tuple[float, float, pd.DataFrame]:
     """KL of all latents, what it exceeds the modules' by, and the table of the modules; their spectra are filled in."""
-    sites, _ = prior_sites(posterior.model)
+    sites, others = prior_sites(posterior.model)
+    scales = sorted(set(others) - set(posterior.model.head_start))  # a Bayesian head is independent of the latents
     normal = drawn is None and not posterior.is_point and all(is_normal(fn) for fn in sites.values())
     if not normal:
         notes.append("no KL: it takes a Gaussian guide and a Normal prior")
+    elif scales:
+        notes.append(f"no KL: the latents are Normal only given the prior's own sites ({', '.join(scales)})")
+        normal = False
     centre = (
         posterior.model.sites.join({name: fn.mean for name, fn in sites.items()}).double().cpu() if normal else None
     )
@@ -285,10 +293,13 @@ def _correlation(model, dense: Tensor | None, centred: Tensor) -> pd.DataFrame:
 
 def _unbiased_products(parts: list[Tensor]) -> Tensor:
     """Unbiased estimates of |C_ab|_F^2 for all pairs of modules (the linear HSIC of Song et al. 2012, equation 5)."""
-    rows = min(len(parts[0]), max(8, int((4e7 / len(parts)) ** 0.5)))
+    total = len(parts[0])
+    rows = min(total, max(8, int((_PRODUCTS / len(parts)) ** 0.5)))
+    # At random: the first would be one chain's, evenly spaced ones could be one member's of an ensemble.
+    kept = torch.randperm(total, generator=torch.Generator().manual_seed(0))[:rows].sort().values
     flat = []
     for part in parts:
-        gram = part[:rows] @ part[:rows].T
+        gram = part[kept] @ part[kept].T
         gram.fill_diagonal_(0)
         # U-centring: inner products of such matrices over n (n - 3) are unbiased (Szekely & Rizzo 2014).
         sums = gram.sum(0)

@@ -39,7 +39,7 @@ def training(posterior: Posterior, tolerance: float = 0.01) -> Training:
     if not tolerance > 0:
         raise ValueError(f"expected tolerance > 0 nats per row, got {tolerance!r}")
     settings = posterior.settings.get("member", posterior.settings)
-    joint = posterior.is_point or settings.get("method", "svi") != "svi"
+    joint = not posterior.has_bound or settings.get("method", "svi") != "svi"
     empty = pd.DataFrame(columns=["member", "epoch", "step", "spent", *_COLUMNS])
     result = Training(empty, CANNOT_TELL, "", "", np.nan, np.nan, np.nan, None, joint, "")
     if not any("elbo" in row for row in posterior.history):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import uuid
 from collections.abc import Iterable, Mapping
+from functools import partial
 
 import pyro.distributions as dist
 import torch
@@ -19,7 +20,7 @@ from .latent_guide import LatentGuide
 def build_guide(spec, model, start_scale: float | None = None, start: Mapping[str, Tensor] | None = None) -> nn.Module:
     """A guide from a spec, a guide class, or any callable from a model to a guide.
 
-    A stock autoguide class starts at `start` and, where it takes an init_scale, at `start_scale`.
+    A stock autoguide class, or a partial of one, starts at `start` and, where it takes an init_scale, at `start_scale`.
 
     Args:
         spec: guides.LowRank(rank=8), AutoNormal, lambda model: AutoNormal(model, init_scale=0.01), ...
@@ -31,14 +32,15 @@ def build_guide(spec, model, start_scale: float | None = None, start: Mapping[st
         TypeError: a guide already built, or something that cannot be called.
     """
     check_guide_spec(spec)
-    options = {}
-    if isinstance(spec, type) and issubclass(spec, AutoGuide):
-        accepted = inspect.signature(spec).parameters
+    options, family = {}, spec.func if isinstance(spec, partial) else spec
+    if isinstance(family, type) and issubclass(family, AutoGuide):
+        accepted = inspect.signature(family).parameters
         if "init_loc_fn" in accepted and accepted["init_loc_fn"].default is not None:
             options["init_loc_fn"] = init_to_value(values=model.start() | dict(start or {}), fallback=init_to_median)
         if "init_scale" in accepted and start_scale is not None:
             options["init_scale"] = start_scale
-    guide = spec(model, **options)
+    given = spec.keywords if isinstance(spec, partial) else {}
+    guide = spec(model, **{name: value for name, value in options.items() if name not in given})
     if not isinstance(guide, nn.Module):
         raise TypeError(f"expected {spec!r} to return a guide that is a PyroModule, got {type(guide).__name__}")
     if not isinstance(guide, LatentGuide):
@@ -55,6 +57,8 @@ def check_guide_spec(spec) -> None:
             f"expected a guide spec such as guides.LowRank(rank=8) or a class such as AutoNormal, got a built "
             f"{type(spec).__name__}, which belongs to the model it was built on"
         )
+    if isinstance(spec, type) and not issubclass(spec, nn.Module):
+        raise TypeError(f"expected a guide spec, got the class {spec.__name__} itself; write {spec.__name__}(...)")
     if not callable(spec):
         raise TypeError(f"expected a guide spec such as guides.LowRank(rank=8), got {spec!r}")
 

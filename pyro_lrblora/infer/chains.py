@@ -74,15 +74,19 @@ def starting_values(model: BayesianLoRA, init: Posterior | None) -> dict[str, Te
     return {name: trace.nodes[name]["value"].detach().clone() for name in trace.stochastic_nodes}
 
 
-def log_joint(model: BayesianLoRA, batch: Batch, values: Mapping[str, Tensor]) -> Tensor:
-    """Log prior plus N / B times the batch's log likelihood, in nats.
+def log_joint(model: BayesianLoRA, batch: Batch, values: Mapping[str, Tensor], weight: float = 1.0) -> Tensor:
+    """Log prior plus N / B times a weight times the batch's log likelihood, in nats.
 
     Args:
         model: attached to its network.
         batch: B rows.
         values: every site of the model.
+        weight: what row_weight says, where the value is one of a pass.
     """
     # Validation would turn NaN into an error that names no batch, and costs as much as a small network.
     with poutine.block(), pyro.validation_enabled(False):
         trace = poutine.trace(poutine.condition(model, data=dict(values))).get_trace(batch)
+        for name in trace.nodes.keys() - values.keys():
+            if trace.nodes[name]["type"] == "sample":
+                trace.nodes[name]["scale"] = weight * trace.nodes[name]["scale"]
         return trace.log_prob_sum()

@@ -57,13 +57,19 @@ class Checkpoint:
             train: what as_batches returned.
 
         Raises:
-            ValueError: the model was prepared in another subspace.
+            ValueError: the model was prepared in another subspace, or with another start or scale of the head.
         """
         new = in_same_subspace(model, under("subspace.", self.tensors), self.values["subspace"], train.rows, tokenizer)
-        if model.prepared and not same_tensors(model.adapted.tensors(), new.adapted.tensors()):
+        if model.head_scale not in (None, new.head_scale):
             raise ValueError(
-                f"expected a model in the subspace of {self.path}, got one prepared in another; give the model as it "
-                "was before prepare()"
+                f"expected head_scale={new.head_scale} as in {self.path}, got head_scale={model.head_scale}; write "
+                "another folder"
+            )
+        same = model.prepared and same_tensors(model.head_start, new.head_start)
+        if model.prepared and not (same and same_tensors(model.adapted.tensors(), new.adapted.tensors())):
+            raise ValueError(
+                f"expected a model in the subspace of {self.path} and with its head's start, got one prepared in "
+                "another or with another; give the model as it was before prepare()"
             )
         return new
 

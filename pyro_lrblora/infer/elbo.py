@@ -146,13 +146,22 @@ def has_closed_form(model, guide) -> bool:
         return False
     trace = poutine.trace(poutine.replay(model.sample_prior, poutine.trace(guide).get_trace())).get_trace()
     prior = [trace.nodes[name]["fn"] for name in model.sites.shapes]
-    if not all(is_normal(fn) for fn in prior):
+    if not all(is_normal(fn) for fn in prior) or _depend_on_each_other(model, trace, prior):
         return False
     try:
         latent_kl(guide.distribution(), prior)
     except NotImplementedError:
         return False
     return True
+
+
+def _depend_on_each_other(model, trace, prior) -> bool:
+    """Whether latent sites move with each other's values: their joint prior is then not the product of the normals."""
+    own = {name: trace.nodes[name]["value"] for name in trace.stochastic_nodes if name not in model.sites.shapes}
+    with torch.random.fork_rng():
+        again = poutine.trace(poutine.condition(model.sample_prior, own)).get_trace()
+    pairs = [(fn, again.nodes[name]["fn"]) for name, fn in zip(model.sites.shapes, prior, strict=True)]
+    return not all(torch.equal(a.mean, b.mean) and torch.equal(a.variance, b.variance) for a, b in pairs)
 
 
 def is_normal(fn) -> bool:

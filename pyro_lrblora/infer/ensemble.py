@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from ..data import as_batches
+from ..data import EncodedBatches, as_batches
 from ..guides import Delta
 from ..guides.ensemble import Ensemble, EnsembleGuide
 from ..model import BayesianLoRA
@@ -45,7 +45,8 @@ def ensemble(
         members: M, at least 2.
         guide: the members' family.
         spread: standard deviation of the members' starts around the base, as a share of the prior's.
-        seed: of the starts and of the fits, member m having seed + m.
+        seed: of the starts, the fits and the order of rows (of Batches too, where they shuffle), member m having
+            seed + m.
         n_jobs: processes, as for parallel_fits.
         tokenizer: for a datasets.Dataset, where the model has none.
         batch_size: rows per batch, for a datasets.Dataset.
@@ -62,7 +63,7 @@ def ensemble(
     if "resume_from" in options:
         raise ValueError("expected checkpoint= for an ensemble, which goes on with what is there, got resume_from=")
     tokenizer = tokenizer or model.tokenizer
-    rows = as_batches(train, tokenizer, batch_size=batch_size)
+    rows = as_batches(train, tokenizer, batch_size=batch_size).restarted()
     model.check_labels(rows, "training data")
     if not model.prepared:
         model = model.prepare(rows, tokenizer=tokenizer)
@@ -74,8 +75,10 @@ def ensemble(
             generator = torch.Generator().manual_seed(seed + member)
             noise = torch.randn(len(variance), generator=generator).to(variance)
             start.guide.loc += spread * variance.sqrt() * noise
+        # Batches bring the seed of their order with them, the same for all.
+        given = train.restarted(seed + member) if isinstance(train, EncodedBatches) else train
         jobs[f"member {member}"] = partial(
-            svi, model, train, guide=guide, init=start, seed=seed + member, tokenizer=tokenizer, batch_size=batch_size,
+            svi, model, given, guide=guide, init=start, seed=seed + member, tokenizer=tokenizer, batch_size=batch_size,
             checkpoint=None if checkpoint is None else Path(checkpoint) / f"member_{member}", **options,
         )  # fmt: skip
     own = {"prior": model.prior, "likelihood": model.likelihood, "guide": guide, "tokenizer": tokenizer}
@@ -87,6 +90,9 @@ def ensemble(
     if averaged.point_head is not None:
         states = [fit.model.point_head.state_dict() for fit in fits]
         averaged.point_head.load_state_dict({k: sum(state[k] for state in states) / members for k in states[0]})
+    if averaged.learned_scale is not None:
+        logs = [fit.model.learned_scale.log_scale.detach() for fit in fits]
+        averaged.learned_scale.log_scale.data.copy_(sum(logs) / members)  # their geometric mean
     history = [{"member": number, **row} for number, fit in enumerate(fits) for row in fit.history]
     settings = {"method": "ensemble", "members": members, "spread": spread, "seed": seed, "member": fits[0].settings}
     settings |= fitted_with(averaged.device, train, rows)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..data import as_batches, batch_rows
+from ..evidence import check_fitted_rows
 from ..guides import Delta
 from ..model import BayesianLoRA
 from ..posterior import Posterior, local_parameters
@@ -50,7 +51,7 @@ def laplace(
         rank: eigenvectors of "low_rank".
         prior_precision: "fixed" keeps the prior; "marginal_likelihood" takes the one scale with the greatest evidence
             given the mode and curvature found; "per_module" one scale per module. The returned model carries it.
-        init: a point posterior to start from: with options={} and init given, nothing is trained.
+        init: a point posterior to start from, fitted to these rows: with options={} and init given, nothing is trained.
         seed: of the point fit.
         tokenizer: for a datasets.Dataset, where the model has none.
         options: of svi, for the point fit.
@@ -59,7 +60,8 @@ def laplace(
         A Posterior; settings["log_evidence"] is the Laplace log evidence in nats.
 
     Raises:
-        ValueError: another prior or head, an unknown structure, more memory than "full" allows.
+        ValueError: another prior or head, an unknown structure, more memory than "full" allows, not as many rows as
+            init was fitted to, "per_module" where a latent site does not cover all modules.
     """
     for name, value, choices in (
         ("structure", structure, _STRUCTURES),
@@ -74,14 +76,15 @@ def laplace(
         )
     if init is not None and repr(init.model.prior) != repr(model.prior):
         raise ValueError(f"expected init= fitted under the model's prior {model.prior!r}, got {init.model.prior!r}")
-    _check_program(model)
+    _check_program(model, prior_precision)
     tokenizer = tokenizer or model.tokenizer
     if init is None:
         init = svi(model, train, guide=Delta(), seed=seed, tokenizer=tokenizer, **options)
     model = init.model
-    _check_program(model)
+    _check_program(model, prior_precision)
     size = {"batch_size": options.get("batch_size", 32)}
-    batches = as_batches(train, tokenizer, by_length=True, **size)
+    batches = as_batches(train, tokenizer, by_length=True, **size).restarted()
+    check_fitted_rows(init, batches)
     at = model.sites.join(init.mean())
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -110,8 +113,8 @@ def laplace(
     return Posterior(model, guide, spec, list(init.history), settings | {"point fit": init.settings})
 
 
-def _check_program(model: BayesianLoRA) -> None:
-    """Raise a ValueError unless the prior is Normal in the latents and samples nothing else."""
+def _check_program(model: BayesianLoRA, prior_precision: str) -> None:
+    """Raise a ValueError unless the prior is Normal in the latents, samples nothing else, and can be tuned as asked."""
     if model.head == "bayesian":
         raise ValueError("expected head='point', 'frozen' or a FixedHead for a Laplace approximation, got 'bayesian'")
     latents, others = prior_sites(model)
@@ -121,6 +124,10 @@ def _check_program(model: BayesianLoRA) -> None:
             f"expected a Normal prior for a Laplace approximation, got {model.prior!r} with {found}: its density has "
             "no Gaussian curvature at the mode; write prior=lb.priors.Normal(0.1), or fit by lb.fit or lb.infer.nuts"
         )
+    # As many modules at every site need not be the same ones. (A stand-in for an unknown subspace has all.)
+    modules = {fn.event_shape[0] for fn in latents.values()}
+    if prior_precision == "per_module" and modules != {len(model.modules)}:
+        raise ValueError("expected every latent site to cover all modules for prior_precision='per_module'")
 
 
 def _prior_precision(model: BayesianLoRA) -> Tensor:
@@ -144,10 +151,7 @@ def _log_joint(model: BayesianLoRA, batches, at: Tensor) -> float:
 def _best_scales(model: BayesianLoRA, curvature, at: Tensor, per_module: bool) -> float | tuple[float, ...]:
     """The prior's standard deviations with the greatest evidence, mode and curvature held fixed."""
     places = list(model.sites.modules())
-    counts = {shape[0] for shape in model.sites.shapes.values()}
-    if per_module and len(counts) > 1:
-        raise ValueError("expected every latent site to cover all modules for prior_precision='per_module'")
-    modules = counts.pop() if per_module else 1
+    modules = len(model.modules) if per_module else 1
     squares = torch.stack([at[where].double().square().sum() for where in places])
     sizes = torch.tensor([where.stop - where.start for where in places], dtype=torch.float64)
     owner = torch.arange(len(places)) % modules

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ..data import row_weight
 from ..posterior import Posterior
 from .checkpoint import Checkpoint
 from .data_parallel import Workers
@@ -74,14 +75,15 @@ class Loop:
         """One pass over the data, or what is left of it: the history's next row."""
         model = self.posterior.model
         self.epoch += 1
-        begun, spent, seen, sums = time.perf_counter(), 0.0, 0, [0.0, 0.0]
+        begun, spent, seen, sums = time.perf_counter(), 0.0, 0.0, [0.0, 0.0]
         for position, batch in enumerate(self.train):
+            part = row_weight(batch, self.train)
             batch, share = self.workers.part(batch)
-            where, weight = (position, self.epoch), share / self.accumulate
+            where, weight = (position, self.epoch), part * share / self.accumulate
             add_gradients(model, self.elbo, *self.programs, batch, where, self.precision, weight, self.scaler)
-            bound, seen = self.elbo.bound, seen + 1
-            sums = [sums[0] + share * bound.log_likelihood, sums[1] + share * bound.kl]
-            if seen % self.accumulate and seen < len(self.train):
+            bound, seen = self.elbo.bound, seen + part
+            sums = [sums[0] + part * share * bound.log_likelihood, sums[1] + part * share * bound.kl]
+            if (position + 1) % self.accumulate and position + 1 < len(self.train):
                 continue
             spent += self.pace(self.done) * self.accumulate / len(self.train)
             self._step()

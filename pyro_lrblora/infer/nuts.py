@@ -73,7 +73,7 @@ def nuts(
         raise ValueError(f"expected target_accept between 0 and 1, got target_accept={target_accept!r}")
     tokenizer = tokenizer or model.tokenizer
     rows = len(train) if isinstance(train, datasets.Dataset) else 1
-    batches = as_batches(train, tokenizer, batch_size=rows)
+    batches = as_batches(train, tokenizer, batch_size=rows).restarted()
     model.check_labels(batches, "training data")
     batch = whole_batch(batches)
     settings = {

@@ -37,7 +37,8 @@ def sghmc(
     by sgld.
 
     Args:
-        model: prepared or not, with head="bayesian", a fixed or a frozen head, and a prior without constrained sites.
+        model: prepared or not, with head="bayesian", a fixed or a frozen head, and a prior without constrained sites
+            that is no mixture.
         train: a datasets.Dataset, Batches, or a re-iterable of batch dicts, with labels.
         draws: S per chain that are kept.
         burn_in: steps before the first.
@@ -55,7 +56,8 @@ def sghmc(
         A posterior whose settings hold r_hat (largest), ess (smallest bulk) and seconds.
 
     Raises:
-        ValueError, TypeError, KeyError: a point head, bad arguments or data, a prior with constrained sites.
+        ValueError, TypeError, KeyError: a point head, bad arguments or data, a prior with constrained sites or that is
+            a mixture (SpikeSlab).
         FloatingPointError: NaN or infinite log joint or gradient; names the batch.
 
     Warns:

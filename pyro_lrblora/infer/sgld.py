@@ -4,26 +4,34 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from contextlib import suppress
 from itertools import islice
 
 import pyro
+import pyro.distributions as dist
 import torch
 from pyro import poutine
 from torch import Tensor
 from torch.distributions import biject_to
 from tqdm.auto import tqdm
 
-from ..data import Batch, as_batches, batch_rows, endless, naming_the_batch
+from ..data import Batch, EncodedBatches, as_batches, batch_rows, endless, naming_the_batch, row_weight
 from ..latents import LatentSites
 from ..model import BayesianLoRA
 from ..posterior import Posterior, local_parameters
 from ..priors import prior_variance
 from ..provenance import fitted_with
 from .chains import check_chain_arguments, log_joint, posterior_of_chains, starting_values
-from .start import in_subspace
+from .start import in_subspace, prior_sites
 
 _PROBES = 64  # random score vectors that the preconditioner is made of
+_MIXTURES = (
+    torch.distributions.MixtureSameFamily,
+    dist.MaskedMixture,
+    dist.MixtureOfDiagNormals,
+    dist.MixtureOfDiagNormalsSharedCovariance,
+)
 
 Update = Callable[[Tensor, Tensor, Tensor, Tensor], None]
 
@@ -47,14 +55,16 @@ def sgld(
     """Draw from the posterior by preconditioned stochastic-gradient Langevin dynamics with a constant step size h.
 
     theta += h/2 G g + sqrt(h G) xi, where g is the gradient of the log joint, its likelihood scaled from the batch to N
-    rows, and xi is standard normal. The preconditioner G is diagonal and constant, so the correction term of Li et al.
-    (arXiv 1512.07666, equation 8) is zero: 1 / (prior precision + diagonal of the Fisher matrix) at the start, divided
-    by the largest eigenvalue of the curvature in those units. So h means the same for every model: the posterior
-    variance comes out too large by about h N / (4 B) in the stiffest direction, in relative terms, and less elsewhere.
-    There is no accept step. Neither the model, nor the network, nor Pyro's param store is changed.
+    rows (in batches of several sizes such that every row counts once per pass), and xi is standard normal. The
+    preconditioner G is diagonal and constant, so the correction term of Li et al. (arXiv 1512.07666, equation 8) is
+    zero: 1 / (diagonals of the prior precision and the Fisher matrix) at the start, divided by the largest eigenvalue
+    of the curvature in those units. So h means the same for every model: the posterior variance comes out too large by
+    about h N / (4 B) in the stiffest direction, in relative terms, and less elsewhere. There is no accept step. Neither
+    the model, nor the network, nor Pyro's param store is changed.
 
     Args:
-        model: prepared or not, with head="bayesian", a fixed or a frozen head, and a prior without constrained sites.
+        model: prepared or not, with head="bayesian", a fixed or a frozen head, and a prior without constrained sites
+            that is no mixture.
         train: a datasets.Dataset, Batches, or a re-iterable of batch dicts, with labels.
         draws: S per chain that are kept.
         burn_in: steps before the first.
@@ -71,7 +81,8 @@ def sgld(
         A posterior whose settings hold r_hat (largest), ess (smallest bulk) and seconds.
 
     Raises:
-        ValueError, TypeError, KeyError: a point head, bad arguments or data, a prior with constrained sites.
+        ValueError, TypeError, KeyError: a point head, bad arguments or data, a prior with constrained sites or that is
+            a mixture (SpikeSlab).
         FloatingPointError: NaN or infinite log joint or gradient; names the batch.
 
     Warns:
@@ -102,14 +113,18 @@ def stochastic_gradient_chains(
     """
     counts = {"draws": draws, "burn_in": burn_in, "thin": thin, "batch_size": batch_size, "chains": chains}
     check_chain_arguments(model, **counts)
+    # A prior may refuse the stand-in for a subspace that only the data tell: that is looked at again once it is known.
+    with suppress(ValueError, KeyError, RuntimeError):
+        _check_no_mixture(model)
     tokenizer = tokenizer or model.tokenizer
-    batches = as_batches(train, tokenizer, batch_size=batch_size, shuffle=seed)
+    batches = as_batches(train, tokenizer, batch_size=batch_size, shuffle=seed).restarted()
     model.check_labels(batches, "training data")
     record = fitted_with(model.device, train, batches)
     steps, history, runs = burn_in + draws * thin, [], []
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = in_subspace(model, init, batches, tokenizer)
+        _check_no_mixture(model)
         _check_unconstrained(model)
         values = starting_values(model, init)
         sites = LatentSites({name: value.shape for name, value in values.items()})
@@ -123,7 +138,7 @@ def stochastic_gradient_chains(
                 for step in range(1, steps + 1):
                     place, batch = next(stream)
                     with naming_the_batch(place):
-                        gradient = _gradient(model, batch, sites, position)
+                        gradient = _gradient(model, batch, sites, position, row_weight(batch, batches))
                     update(position, momentum, gradient, scale)
                     if step > burn_in and (step - burn_in) % thin == 0:
                         kept.append(position.clone())
@@ -134,11 +149,12 @@ def stochastic_gradient_chains(
     return model, sites.split(torch.stack(runs)), history, settings | counts | {"seed": seed} | record
 
 
-def preconditioner(model: BayesianLoRA, batches: Iterable[Batch], sites: LatentSites, at: Tensor) -> Tensor:
+def preconditioner(model: BayesianLoRA, batches: EncodedBatches, sites: LatentSites, at: Tensor) -> Tensor:
     """G, (D,): inverse diagonal of the log joint's Gauss-Newton matrix P, scaled so that G P is at most about 1.
 
     The Fisher matrix is that of all sites together, a Bayesian head's too: scores of the network's own labels, summed
-    over a batch's rows with random signs, have it as their second moment. 64 of them fix it to a fifth or so.
+    over a batch's rows with random signs, have it as their second moment. 64 of them fix it to a fifth or so. The
+    prior's part is 1 / its variance where its latents do not depend on each other, else its own second derivative.
 
     Args:
         model: in its subspace.
@@ -146,7 +162,7 @@ def preconditioner(model: BayesianLoRA, batches: Iterable[Batch], sites: LatentS
         sites: of every sampled value.
         at: (D,) the point.
     """
-    prior = sites.join(prior_variance(model.sample_prior, sites.shapes)).reciprocal()
+    prior, largest = _prior_curvature(model, sites, at)
     at, head, scores, rows = at.detach().requires_grad_(), model.head_values(), [], 0
     repeats = math.ceil(_PROBES / len(batches))
     with model.attached(dropout=False), torch.enable_grad(), pyro.validation_enabled(False):
@@ -164,7 +180,7 @@ def preconditioner(model: BayesianLoRA, batches: Iterable[Batch], sites: LatentS
     scores = torch.stack(scores) * (model.size / rows / repeats) ** 0.5
     precision = prior + scores.square().sum(0)
     whitened = scores * precision.rsqrt()
-    top = (prior / precision).max() + torch.linalg.eigvalsh(whitened @ whitened.T)[-1]
+    top = largest(precision) + torch.linalg.eigvalsh(whitened @ whitened.T)[-1]
     return 1 / (precision * top)
 
 
@@ -174,14 +190,63 @@ def check_step(name: str, value: float, limit: float) -> None:
         raise ValueError(f"expected {name} between 0 and {limit:g}, got {name}={value!r}")
 
 
-def _gradient(model, batch: Batch, sites: LatentSites, position: Tensor) -> Tensor:
+def _prior_curvature(model, sites: LatentSites, at: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """The diagonal (D,) of minus the log prior's second derivative, and its largest eigenvalue in given units.
+
+    Returns:
+        The diagonal, and a function of a diagonal matrix U, (D,), to the largest eigenvalue of U^-1/2 H U^-1/2.
+    """
+
+    def log_prior(flat: Tensor) -> Tensor:
+        with poutine.block(), pyro.validation_enabled(False):
+            trace = poutine.trace(poutine.condition(model.sample_prior, data=sites.split(flat))).get_trace()
+            return trace.log_prob_sum()
+
+    times = lambda vector: -torch.autograd.functional.vhp(log_prior, at, vector)[1]
+    alone = sites.join(prior_variance(model.sample_prior, sites.shapes)).reciprocal()
+    # A stream of its own: the chains' does not depend on the prior.
+    generator = torch.Generator().manual_seed(0)
+    uneven = [1 + torch.rand(len(at), generator=generator).to(at) for _ in range(2)]
+    first, second = (times(vector) / vector for vector in uneven)
+    if not ((first - second).abs() > 1e-3 * (first.abs() + second.abs())).any():
+        # No latent's slope depends on another latent. A Laplace prior has no curvature but a scale, 1 / its precision.
+        return alone, lambda units: (alone / units).max()
+    signs = [(torch.randint(2, (len(at),), generator=generator) * 2 - 1).to(at) for _ in range(_PROBES)]
+    # Of a normal it is at least the precision each latent has by itself; an estimate may not be.
+    diagonal = torch.stack([sign * times(sign) for sign in signs]).mean(0).maximum(alone)
+
+    def largest(units: Tensor) -> Tensor:
+        vector, size = uneven[0], torch.ones(())
+        for _ in range(_PROBES):
+            vector = times(vector / size * units.rsqrt()) * units.rsqrt()
+            size = vector.norm()
+        return size
+
+    return diagonal, largest
+
+
+def _gradient(model, batch: Batch, sites: LatentSites, position: Tensor, weight: float) -> Tensor:
     at = position.detach().requires_grad_()
     with torch.enable_grad():
-        value = log_joint(model, batch, sites.split(at))
+        value = log_joint(model, batch, sites.split(at), weight)
         (gradient,) = torch.autograd.grad(value, at)
     if not (value.isfinite() and gradient.isfinite().all()):
         raise FloatingPointError(f"expected a finite log joint and gradient, got {value.item()}")
     return gradient
+
+
+def _check_no_mixture(model) -> None:
+    with torch.random.fork_rng():
+        latents = prior_sites(model)[0]
+    for name, fn in latents.items():
+        while hasattr(fn, "base_dist"):
+            fn = fn.base_dist
+        if isinstance(fn, _MIXTURES):
+            # Steps as long as its variance allows jump over a narrow part, and shorter ones do not leave it.
+            raise TypeError(
+                f"expected a prior of one scale for steps of one length, got {model.prior!r}, a mixture at site "
+                f"{name!r}; write lb.infer.nuts(model, train)"
+            )
 
 
 def _check_unconstrained(model) -> None:

@@ -41,10 +41,14 @@ def optimiser_of(posterior: Posterior, rates: Rates) -> torch.optim.Optimizer:
     head, learned = posterior.model.point_head, posterior.model.learned_scale
     groups: dict[str, list] = {"loc": [], "scale": [], "factor": []}
     for name, parameter in posterior.guide.named_parameters():
+        if any(stride == 0 and size > 1 for stride, size in zip(parameter.stride(), parameter.shape, strict=True)):
+            # Expanded from fewer numbers: a fused step would write past their end.
+            parameter.data = parameter.data.contiguous()
         kind = name.removeprefix("extra.").split(".")[0]
         groups["factor" if "factor" in kind else "scale" if "scale" in kind else "loc"].append(parameter)
-    # At a point the log joint has no maximum: it grows as the latents and their prior's scale go to zero together.
-    if learned is not None and not posterior.is_point:
+    # Without a density there is no bound, and the log joint has no maximum: it grows as the latents and their prior's
+    # scale go to zero together.
+    if learned is not None and posterior.has_bound:
         groups["scale"] += learned.parameters()
     options = [{"params": p, "lr": getattr(rates, kind)} for kind, p in groups.items() if p]
     if head is not None:

@@ -125,9 +125,23 @@ def svi(
     _check_choice("draws", draws, ("auto", "row", "shared"))
     _check_choice("precision", precision, list(PRECISIONS))
     counts = {"epochs": epochs, "batch_size": batch_size, "accumulate": accumulate, "particles": particles}
-    for name, value in (counts | {"steps": 1 if steps is None else steps}).items():
+    counts |= {"validation_draws": validation_draws}
+    optional = {"steps": steps, "patience": patience, "warm_start_rows": warm_start_rows}
+    for name, value in (counts | {name: value for name, value in optional.items() if value is not None}).items():
         if not (isinstance(value, int) and value >= 1):
             raise ValueError(f"expected {name} to be an integer >= 1, got {name}={value!r}")
+    if not (isinstance(map_epochs, int) and map_epochs >= 0):
+        raise ValueError(f"expected map_epochs to be an integer >= 0, got map_epochs={map_epochs!r}")
+    if not (isinstance(seed, int) and seed >= 0):
+        raise ValueError(f"expected seed to be an integer >= 0, got seed={seed!r}")
+    if clip is not None and not clip > 0:
+        raise ValueError(f"expected clip > 0, got clip={clip!r}; write clip=None for no clipping")
+    if not 0 <= warmup < 1:
+        raise ValueError(f"expected warmup, a share of all steps, within 0..1, got warmup={warmup!r}")
+    if not isinstance(rates, Rates):
+        raise TypeError(f"expected rates of pyro_lrblora.Rates, got {rates!r}; write Rates(loc={rates!r})")
+    if callable(callbacks) or not all(callable(callback) for callback in callbacks):
+        raise TypeError(f"expected callbacks to be a list of callables, got {callbacks!r}; write callbacks=[...]")
     if (patience is not None or keep_best) and validation is None:
         raise ValueError("expected validation= with patience= or keep_best=: the best is judged on rows not trained on")
     if checkpoint is not None and resume_from is not None:
@@ -145,6 +159,7 @@ def svi(
         model.check_labels(validation, "validation data")
     if device is not None:
         model.network.to(_device(device))
+    record = fitted_with(model.device, given, train)  # before a pass in another order
 
     workers = Workers()
     arguments = {
@@ -200,7 +215,6 @@ def svi(
         # Only now the pass over the data: what does not fit together is refused at once.
         fitted = spread_guide(fitted, model, guide, train, init, warm_start, warm_start_rows)
         resolved = {"kl": "closed" if closed else "mc", "draws": "row" if per_row else "shared"}
-        record = fitted_with(model.device, given, train)
         posterior = Posterior(model, fitted, guide, [], {"method": "svi"} | arguments | resolved | record)
         total = steps or epochs * math.ceil(len(train) / accumulate)
         loop = Loop(
@@ -228,8 +242,7 @@ def svi(
                     row["validation_nll"] = _validation_nll(posterior, validation, validation_draws, precision, workers)
                     if keep_best or patience is not None:
                         loop.best.update(row["validation_nll"])
-                # A point has no bound: what is maximised is the log joint.
-                names = ("log joint/row", "-log prior") if posterior.is_point else ("ELBO/row", "KL")
+                names = ("ELBO/row", "KL") if posterior.has_bound else ("log joint/row", "-log prior")
                 bar.set_postfix({"epoch": row["epoch"], names[0]: f"{row['elbo']:.3f}", names[1]: f"{row['kl']:.1f}"})
                 if workers.first:
                     _LOGGER.info(_line(row))
@@ -265,7 +278,14 @@ def _check_estimator(guide, antithetic: bool, path_derivative: bool, per_row: bo
 
 
 def _check_sites(model, guide) -> None:
-    wanted = set(poutine.trace(model.sample_prior).get_trace().stochastic_nodes)
+    prior = poutine.trace(model.sample_prior).get_trace()
+    trained = [] if model.learned_scale is not None else list(prior.param_nodes)
+    if trained:
+        raise ValueError(
+            f"expected a prior without parameters of its own, got pyro.param {trained}, which a fit would not train; "
+            "write priors.Learned(...) for a trained scale"
+        )
+    wanted = set(prior.stochastic_nodes)
     missing = sorted(wanted - set(poutine.trace(guide).get_trace().stochastic_nodes))
     if missing:
         raise ValueError(

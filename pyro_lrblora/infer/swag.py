@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..data import as_batches, endless
+from ..data import as_batches, endless, row_weight
 from ..guides import Delta, LowRank
 from ..model import PRECISIONS, BayesianLoRA
 from ..posterior import Posterior, local_parameters
@@ -80,7 +80,7 @@ def swag(
         raise ValueError(f"expected precision to be one of {list(PRECISIONS)}, got {precision!r}")
     _check_latents_only(model)
     tokenizer = tokenizer or model.tokenizer
-    given, train = train, as_batches(train, tokenizer, batch_size=batch_size, shuffle=seed)
+    given, train = train, as_batches(train, tokenizer, batch_size=batch_size, shuffle=seed).restarted()
     model.check_labels(train, "training data")
     if burn_in == 0:
         point = start_at(model, init, train, tokenizer)
@@ -157,7 +157,8 @@ def _collect(point, train, snapshots, every, columns, rates, clip, precision, ca
     for number in tqdm(range(snapshots), disable=not progress, desc="SWAG", unit="snapshot"):
         for _ in range(every):
             position, batch = next(batches)
-            add_gradients(model, elbo, model, guide, batch, (position, None), precision, scaler=scaler)
+            where, weight = (position, None), row_weight(batch, train)
+            add_gradients(model, elbo, model, guide, batch, where, precision, weight, scaler)
             step(optimiser, clip, scaler)
         moments.add(guide.loc, {} if head is None else head.state_dict())
         row = {"snapshot": number + 1, "step": (number + 1) * every, "log_joint": elbo.bound.elbo}

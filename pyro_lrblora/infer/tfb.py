@@ -27,13 +27,15 @@ def tfb(
 ) -> Posterior:
     """The widest isotropic normal around a point that costs at most `tolerance` of its NLL on an anchor set.
 
+    The NLL of densities may be negative: what is allowed is the point's NLL plus `tolerance` times its absolute value.
+
     No training: bisection over the scale, the same draws of noise at each. On LoRA-XS it widens R; on LoRA the
     factor A, B staying a point. (The paper scales A's noise by the singular values of B.)
 
     Args:
         point: a fit with a Delta guide.
         anchor: rows with labels, from training or validation, never the rows that are scored.
-        tolerance: relative increase of the NLL, 0.003 in the paper.
+        tolerance: increase of the NLL relative to its absolute value, 0.003 in the paper.
         draws: S, for each NLL.
         steps: bisections; 12 find the scale within 0.2% of the range searched, in its logarithm.
         seed: of the draws.
@@ -68,7 +70,7 @@ def tfb(
         return predict(posterior, batches, draws=draws, seed=seed).nll
 
     base = predict(point, batches, draws=1).nll
-    allowed = (1 + tolerance) * base
+    allowed = base + tolerance * abs(base)
     low, high = -9.0, 3.0  # of the log of the scale's share of the prior's
     for _ in range(steps):
         middle = (low + high) / 2

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..comparison import Comparison, compare
+from ..comparison import Comparison, check_named, compare
 from ..diagnostics.diagnose import Diagnosis, diagnose
 from ..posterior import Posterior
 from . import sections
@@ -51,6 +51,7 @@ def report(
     path = Path(path)
     if path.suffix not in (".html", ".md"):
         raise ValueError(f"expected a path ending in .html or .md, got {str(path)!r}; write 'report.html'")
+    check_named(posteriors)
     if not posteriors:
         raise ValueError("expected at least one posterior, got none; write {'name': posterior}")
     name, posterior = next(iter(posteriors.items()))

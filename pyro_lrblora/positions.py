@@ -1,0 +1,25 @@
+"""Where the tokens of a row stand, whatever padding is before them."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+
+def takes_positions(network: nn.Module) -> bool:
+    """Whether it is causal and can be told positions: encoders such as RoBERTa count theirs in ways of their own."""
+    causal = [module.is_causal for module in network.modules() if hasattr(module, "is_causal")]
+    return bool(causal) and all(causal) and "position_ids" in inspect.signature(network.forward).parameters
+
+
+def positions(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """position_ids (B, T) from the attention mask, 0 at the first token that is not padding, as in `generate`.
+
+    GPT-2 would count padding on the left, and a row's likelihood would depend on the longest row of its batch.
+    """
+    mask = inputs.get("attention_mask")
+    if mask is None or mask.dim() != 2 or "position_ids" in inputs:
+        return {}
+    return {"position_ids": (mask.long().cumsum(-1) - 1).clamp(min=0)}
