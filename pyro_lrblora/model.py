@@ -54,7 +54,7 @@ class BayesianLoRA:
 
     Raises:
         ValueError: no target matched, a rank that does not fit, a head that is none of the above, a network that peft
-            has changed or torch has compiled.
+            has changed or torch has compiled, a language model with class labels.
         TypeError: an adapter, prior or likelihood that is a class or cannot be called.
 
     Warns:
@@ -84,6 +84,11 @@ class BayesianLoRA:
         parameters = head_parameters(network, head_modules)
         check_in_memory(parameters)
         output = network.get_output_embeddings() if hasattr(network, "get_output_embeddings") else None
+        if output is not None and isinstance(likelihood, likelihoods.Categorical):
+            raise ValueError(
+                f"expected a classifier for {likelihood!r}, got the language model {type(network).__name__}; write "
+                "likelihoods.NextToken(), or load it as AutoModelForSequenceClassification"
+            )
         excluded = {name.rpartition(".")[0] for name in parameters}
         excluded |= {name for name, module in network.named_modules() if module is output}
         self.modules = find_targets(network, self.adapter.targets, self.adapter.layers, excluded)

@@ -10,6 +10,7 @@ from conftest import LinearGaussian, label, tiny_bert, token_batches
 from pyro import poutine
 from pyro.infer import MCMC, NUTS, SVI, Predictive, Trace_ELBO
 from pyro.infer.autoguide import AutoLowRankMultivariateNormal, AutoMultivariateNormal, AutoNormal
+from test_tasks import tiny_llama
 
 import pyro_lrblora as lb
 
@@ -260,6 +261,14 @@ def test_parts_of_the_wrong_kind(parts, message):
         lb.BayesianLoRA(tiny_bert(), **parts)
     with pytest.raises(TypeError, match="projection with `statistics`"):
         lb.LoRAXS(2, lambda weight, rank: None)
+
+
+def test_networks_without_class_logits():
+    with pytest.raises(ValueError, match="got the language model LlamaForCausalLM.*NextToken"):
+        lb.BayesianLoRA(tiny_llama())
+    bare = lb.BayesianLoRA(tiny_bert().bert, head="frozen")
+    with pytest.raises(TypeError, match="expected a network that returns logits.*AutoModelForSequenceClassification"):
+        lb.fit(bare, token_batches(), progress=False)
 
 
 def test_a_compiled_network_is_refused():

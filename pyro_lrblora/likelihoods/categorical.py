@@ -59,6 +59,15 @@ def check_finite(outputs: Tensor) -> Tensor:
 
 
 def logits_of(outputs) -> Tensor:
-    """The logits (B, C), float32 whatever the network computed in, of a transformers output or a bare tensor."""
-    logits = outputs if isinstance(outputs, Tensor) else outputs.logits
+    """The logits (B, C), float32 whatever the network computed in, of a transformers output or a bare tensor.
+
+    Raises:
+        TypeError: outputs without logits, as those of a network without a head.
+    """
+    logits = outputs if isinstance(outputs, Tensor) else getattr(outputs, "logits", None)
+    if logits is None:
+        raise TypeError(
+            f"expected a network that returns logits, got {type(outputs).__name__}; load it with a head, as "
+            "AutoModelForSequenceClassification does"
+        )
     return logits if logits.dtype == torch.float64 else logits.float()
