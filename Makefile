@@ -18,6 +18,7 @@ demo: $(VENV)/.demo
 
 bench: $(VENV)/.test $(PEERS)/.peers
 	$(BIN)/python tests/benchmarks/step_and_prediction.py
+	OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/prediction_noise.py
 	$(BIN)/python tests/benchmarks/guide_scale.py
 	$(BIN)/python tests/benchmarks/warm_start.py
 	OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/sweeps.py

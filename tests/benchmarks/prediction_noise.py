@@ -21,9 +21,9 @@ GUIDES = {"Diagonal": lb.guides.Diagonal(), "LowRankPrecision(8)": lb.guides.Low
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=300, help="to train and to test on")
-    parser.add_argument("--draws", type=int, nargs="+", default=[2, 10, 32])
-    parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument("--rows", type=int, default=200, help="to train and to test on")
+    parser.add_argument("--draws", type=int, nargs="+", default=[10])
+    parser.add_argument("--seeds", type=int, default=6)
     args = parser.parse_args()
     warnings.simplefilter("ignore", lb.ScalesNotConverged)
 
