@@ -186,7 +186,9 @@ def test_rank_that_does_not_fit(adapter, rank):
 
 def test_output_embedding_is_never_adapted():
     config = transformers.GPT2Config(vocab_size=60, n_embd=16, n_layer=1, n_head=2)
-    model = lb.BayesianLoRA(transformers.GPT2LMHeadModel(config), lb.LoRAXS(2, targets="all-linear"))
+    text = lb.likelihoods.NextToken()
+    network = transformers.GPT2LMHeadModel(config)
+    model = lb.BayesianLoRA(network, lb.LoRAXS(2, targets="all-linear"), likelihood=text)
     assert "lm_head" not in model.modules
     assert model.head_start == {}
 

@@ -97,7 +97,8 @@ def test_output_embeddings_are_never_adapted(kind, config, output):
     torch.manual_seed(3)
     network = kind(copy.deepcopy(config)).eval()
     before = state(network)
-    model = lb.BayesianLoRA(network, lb.LoRAXS(2, targets="all-linear"))
+    text = lb.likelihoods.NextToken()
+    model = lb.BayesianLoRA(network, lb.LoRAXS(2, targets="all-linear"), likelihood=text)
     tied = network.get_output_embeddings().weight is network.get_input_embeddings().weight
     assert tied == config.tie_word_embeddings
     assert output in dict(network.named_modules())
@@ -105,7 +106,7 @@ def test_output_embeddings_are_never_adapted(kind, config, output):
     assert not any("embed" in module or "wte" in module for module in model.modules)
     assert not any(parameter.startswith(output) for parameter in model.head_start)
     with pytest.raises(ValueError, match="expected targets that match"):
-        lb.BayesianLoRA(network, lb.LoRAXS(2, targets=[output]))
+        lb.BayesianLoRA(network, lb.LoRAXS(2, targets=[output]), likelihood=text)
     batch = batch_of("llama")
     if kind is hf.T5ForConditionalGeneration:
         batch["decoder_input_ids"] = batch["input_ids"]

@@ -98,14 +98,17 @@ def scores(finished: Sequence[Mapping]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def paired(finished: Sequence[Mapping], loss: str, other: str, temper_other: bool = False) -> pd.DataFrame:
-    """Mean difference OURS - other in a loss, by task, with its standard error over test rows and seeds.
+def paired(
+    finished: Sequence[Mapping], loss: str, other: str, temper_other: bool = False, ours: str = OURS
+) -> pd.DataFrame:
+    """Mean difference ours - other in a loss, by task, with its standard error over test rows and seeds.
 
     Args:
         finished: runs, with the losses of their rows.
         loss: "NLL" or "Brier".
         other: a method.
         temper_other: compare with the other's losses after temperature scaling.
+        ours: the method it is compared with.
 
     Returns:
         Columns difference, SE, seeds, see `_difference`.
@@ -114,9 +117,9 @@ def paired(finished: Sequence[Mapping], loss: str, other: str, temper_other: boo
     for run in _of(finished, "scores"):
         at, row = run["settings"], _main(run)
         key = "losses, tempered" if temper_other and at["method"] == other else "losses"
-        if at["method"] in (OURS, other) and key in row:
+        if at["method"] in (ours, other) and key in row:
             found.setdefault(at["task"], {}).setdefault(at["method"], {})[at["seed"]] = np.asarray(row[key][loss])
-    rows = {task: _difference(each.get(OURS, {}), each.get(other, {})) for task, each in found.items()}
+    rows = {task: _difference(each.get(ours, {}), each.get(other, {})) for task, each in found.items()}
     return pd.DataFrame.from_dict({task: row for task, row in rows.items() if row}, orient="index")
 
 
@@ -133,7 +136,8 @@ def write_tables(finished: Sequence[Mapping], folder: Path) -> None:
         parts += ["## Averages over tasks", averages(scored).to_markdown()]
         for task in scored["task"].unique():
             parts += [f"## {task}", by_method(scored[scored["task"] == task]).to_markdown()]
-        parts += ["## Paired differences", differences(finished, scored).to_markdown()]
+        for ours in [name for name in (OURS, "Diagonal") if name in set(scored["method"])]:
+            parts += [f"## Paired differences of {ours}", differences(finished, scored, ours).fillna("").to_markdown()]
         parts += ["## Steps to LoRA's best validation NLL", convergence(finished).to_markdown()]
         dots(scored, folder / "nll.svg")
         curves(finished, folder / "curves.svg")
@@ -169,16 +173,16 @@ def by_method(scored: pd.DataFrame) -> pd.DataFrame:
     return table
 
 
-def differences(finished: Sequence[Mapping], scored: pd.DataFrame) -> pd.DataFrame:
-    """OURS minus every other method, in NLL and Brier, by task; and minus LoRA after temperature scaling."""
-    others = [name for name in scored["method"].unique() if name != OURS]
+def differences(finished: Sequence[Mapping], scored: pd.DataFrame, ours: str = OURS) -> pd.DataFrame:
+    """One method minus every other, in NLL and Brier, by task; and minus LoRA after temperature scaling."""
+    others = [name for name in scored["method"].unique() if name != ours]
     rows = {}
     for other, temper in [(name, False) for name in others] + [(REFERENCE, True)]:
         cells = {}
         for loss in ("NLL", "Brier"):
-            for task, row in paired(finished, loss, other, temper).iterrows():
+            for task, row in paired(finished, loss, other, temper, ours).iterrows():
                 cells[f"{task}, {loss}"] = f"{row['difference']:+.3f} ± {row['SE']:.3f}"
-        rows[f"{OURS} - {other}" + (" at T" if temper else "")] = cells
+        rows[f"{ours} - {other}" + (" at T" if temper else "")] = cells
     return pd.DataFrame.from_dict(rows, orient="index")
 
 
