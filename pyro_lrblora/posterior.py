@@ -71,7 +71,7 @@ class Posterior:
 
     @property
     def has_bound(self) -> bool:
-        """Whether a fit of it maximises an evidence bound, not the log joint: its guide has a density while fitted."""
+        """Whether a fit of it maximises an evidence bound, since its guide has a density, or else the log joint."""
         at_mode = self.is_point or self.guide_spec is AutoLaplaceApproximation
         return not at_mode and getattr(self.guide, "has_density", True)
 
