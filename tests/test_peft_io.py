@@ -160,7 +160,8 @@ def test_a_language_model_has_no_head_to_save(tmp_path):
     config = transformers.GPT2Config(vocab_size=60, n_embd=16, n_layer=1, n_head=2, initializer_range=0.3)
     network = transformers.GPT2LMHeadModel(config).eval()
     weights = {name: value.clone() for name, value in network.state_dict().items()}
-    posterior = posterior_of(lb.BayesianLoRA(network, lb.LoRAXS(2, targets="all-linear")))
+    text = lb.likelihoods.NextToken()
+    posterior = posterior_of(lb.BayesianLoRA(network, lb.LoRAXS(2, targets="all-linear"), likelihood=text))
     posterior.export_peft(tmp_path)
     settings = json.loads((tmp_path / "adapter_config.json").read_text())
     assert (settings["task_type"], settings["modules_to_save"]) == ("CAUSAL_LM", None)

@@ -124,9 +124,9 @@ def test_draws_without_a_mirror_are_independent_all_the_same(guide):
 
 
 def test_pairs_take_most_of_the_noise_out_of_a_prediction():
-    """Ten draws against 2,000: the logits are nearly linear in R, so what is left is of second order."""
+    """Ten draws against 400: the logits are nearly linear in R, so what is left is of second order."""
     posterior = fit(lb.guides.Diagonal(start_scale=1.0))
-    whole = lb.predict(posterior, token_batches(), draws=2000, seed=99).probs
+    whole = lb.predict(posterior, token_batches(), draws=400, seed=99).probs
 
     def error(antithetic):
         options = {"draws": 10, "antithetic": antithetic}
