@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import LinearGaussian, label, tiny_bert, token_batches
 from pyro.distributions.transforms import affine_autoregressive, iterated
-from pyro.infer.autoguide import AutoLaplaceApproximation, AutoNormalizingFlow
+from pyro.infer.autoguide import AutoLaplaceApproximation, AutoNormal, AutoNormalizingFlow
 from test_svi import STOCK, fit
 
 import pyro_lrblora as lb
@@ -50,3 +50,16 @@ def test_the_covariance_of_the_latents_beside_other_sites(guide):
     sd = matrix.diagonal().sqrt()
     assert ((drawn.T.cov() - matrix) / sd.outer(sd)).abs().max() < 0.06
     torch.testing.assert_close(posterior.covariance().variance.double(), matrix.diagonal())
+
+
+def test_a_partial_of_a_stock_class_starts_as_the_class_does():
+    """At `init`, with the warm start's scale; what the partial names is the user's."""
+    model = lb.BayesianLoRA(tiny_bert(), lb.LoRAXS(2)).prepare(token_batches())
+    point = lb.fit(model, token_batches(), guide=lb.guides.Delta(), epochs=1, progress=False)
+    options = {"init": point, "epochs": 1, "rates": lb.Rates(0, 0, 0, 0), "progress": False}
+    of = lambda guide: lb.fit(model, token_batches(), guide=guide, **options)
+    plain, named, wide = of(AutoNormal), of(partial(AutoNormal)), of(partial(AutoNormal, init_scale=3.0))
+    for posterior in (plain, named, wide):
+        torch.testing.assert_close(posterior.mean()["R"], point.mean()["R"])
+    torch.testing.assert_close(named.covariance().variance, plain.covariance().variance)
+    torch.testing.assert_close(wide.covariance().variance, torch.full_like(wide.covariance().variance, 9.0))

@@ -169,19 +169,16 @@ class _GivenBatches:
             )
         self.source = batches
         self.generator = getattr(batches, "generator", None)  # of a shuffling DataLoader that was given one
-        sizes, labels = [], []
+        sizes = []
         self.longest, self.for_decoder = 0, False
-        for batch in batches:
-            _check_batch(batch)
+        for batch in self:  # which leaves the labels
             sizes.append(batch_rows(batch))
-            labels.append(batch.get("labels"))
             tokens = [batch.get(name) for name in ("input_ids", "decoder_input_ids")]
             self.longest = max([self.longest, *(ids.shape[-1] for ids in tokens if isinstance(ids, Tensor))])
             self.for_decoder |= "decoder_input_ids" in batch
         if not sizes:
             raise ValueError("expected at least one batch of data, got none")
         self.rows = sum(sizes)
-        self.labels = _joined(labels)
         self.order = np.arange(self.rows)
         self._length = len(sizes)
 
@@ -191,6 +188,7 @@ class _GivenBatches:
     def __iter__(self) -> Iterator[Batch]:
         labels = []
         for batch in self.source:
+            _check_batch(batch)
             labels.append(batch.get("labels"))
             yield batch
         # A DataLoader may shuffle: whoever reads them after a pass finds them in its order.
@@ -222,14 +220,18 @@ def as_batches(data, tokenizer=None, **options) -> EncodedBatches | _GivenBatche
 
 def _joined(labels: list[Tensor | None]) -> Tensor | None:
     """Labels (B, ...) of all batches as (N, ...), None where one has none; those of texts (B, T) filled with -100."""
-    if any(label is None for label in labels):
+    if not labels or any(label is None for label in labels):
         return None
     labels = [label.cpu() for label in labels]
     if labels[0].dim() == 2 and not labels[0].is_floating_point():
         longest = max(label.shape[1] for label in labels)
         labels = [torch.nn.functional.pad(label, (0, longest - label.shape[1]), value=-100) for label in labels]
-    joined = torch.cat(labels)
-    return joined if joined.is_floating_point() else joined.long()
+    return _numbers_or_classes(torch.cat(labels))
+
+
+def _numbers_or_classes(labels: Tensor) -> Tensor:
+    """Labels as they are where they are numbers, else as int64, whatever integers or booleans they came in."""
+    return labels if labels.is_floating_point() else labels.long()
 
 
 def batch_rows(batch: Batch) -> int:
@@ -324,8 +326,7 @@ def _labels(dataset, label: str) -> Tensor:
             f"expected numbers in the label column {label!r}, got {values.tolist()[row]!r} in row {row}; write "
             f"dataset.class_encode_column({label!r}), and drop rows without a label first"
         )
-    labels = torch.as_tensor(values)
-    return labels if labels.is_floating_point() else labels.long()
+    return _numbers_or_classes(torch.as_tensor(values))
 
 
 def _label_column(dataset, label: str | None) -> str | None:

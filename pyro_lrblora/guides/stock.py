@@ -32,15 +32,15 @@ def build_guide(spec, model, start_scale: float | None = None, start: Mapping[st
         TypeError: a guide already built, or something that cannot be called.
     """
     check_guide_spec(spec)
-    options, family = {}, spec.func if isinstance(spec, partial) else spec
-    if isinstance(family, type) and issubclass(family, AutoGuide):
-        accepted = inspect.signature(family).parameters
+    options = {}
+    if is_stock(spec):
+        accepted = inspect.signature(spec).parameters
         if "init_loc_fn" in accepted and accepted["init_loc_fn"].default is not None:
             options["init_loc_fn"] = init_to_value(values=model.start() | dict(start or {}), fallback=init_to_median)
         if "init_scale" in accepted and start_scale is not None:
             options["init_scale"] = start_scale
     given = spec.keywords if isinstance(spec, partial) else {}
-    guide = spec(model, **{name: value for name, value in options.items() if name not in given})
+    guide = spec(model, **(options | given))
     if not isinstance(guide, nn.Module):
         raise TypeError(f"expected {spec!r} to return a guide that is a PyroModule, got {type(guide).__name__}")
     if not isinstance(guide, LatentGuide):
@@ -48,6 +48,12 @@ def build_guide(spec, model, start_scale: float | None = None, start: Mapping[st
         guide._pyro_name = f"{type(guide).__name__}_{uuid.uuid4().hex[:8]}"
         guide()
     return guide
+
+
+def is_stock(spec) -> bool:
+    """Whether a spec is one of Pyro's autoguide classes, or a partial of one."""
+    family = spec.func if isinstance(spec, partial) else spec
+    return isinstance(family, type) and issubclass(family, AutoGuide)
 
 
 def check_guide_spec(spec) -> None:

@@ -65,8 +65,8 @@ class Checkpoint:
                 f"expected head_scale={new.head_scale} as in {self.path}, got head_scale={model.head_scale}; write "
                 "another folder"
             )
-        same = model.prepared and same_tensors(model.head_start, new.head_start)
-        if model.prepared and not (same and same_tensors(model.adapted.tensors(), new.adapted.tensors())):
+        frozen = lambda of: of.head_start | of.adapted.tensors()
+        if model.prepared and not same_tensors(frozen(model), frozen(new)):
             raise ValueError(
                 f"expected a model in the subspace of {self.path} and with its head's start, got one prepared in "
                 "another or with another; give the model as it was before prepare()"

@@ -7,12 +7,11 @@ from contextlib import suppress
 
 import torch
 from pyro import poutine
-from pyro.infer.autoguide import AutoGuide
 
 from ..adapters.targets import base_weight
 from ..fisher import fisher
 from ..guides import Curvature, Delta, LatentGuide
-from ..guides.stock import build_guide
+from ..guides.stock import build_guide, is_stock
 from ..model import BayesianLoRA
 from ..posterior import Posterior, fixed_from
 from ..priors import prior_variance
@@ -115,7 +114,7 @@ def spread_guide(guide, model, spec, train, init, warm_start: bool, rows: int | 
     if isinstance(guide, LatentGuide):
         with torch.no_grad():
             guide.begin(curvature)
-    elif isinstance(spec, type) and issubclass(spec, AutoGuide):
+    elif is_stock(spec):
         return build_guide(spec, model, float(curvature.diagonal.rsqrt().log().mean().exp()), start)
     return guide
 
