@@ -190,19 +190,7 @@ def _encoded(prompts, tokenizer, ended: bool) -> dict[str, Tensor]:
         if prompts.dim() != 2 or prompts.is_floating_point() or prompts.numel() == 0:
             raise ValueError(f"expected token ids (B, T), got {prompts.dtype} {tuple(prompts.shape)}")
         return {"input_ids": prompts, "attention_mask": torch.ones_like(prompts)}
-    if isinstance(prompts, Mapping):
-        masks = prompts.get("attention_mask", [[1] * len(ids) for ids in prompts["input_ids"]])
-        kept = zip(prompts["input_ids"], masks, strict=True)
-        rows = [[int(token) for token, shown in zip(*row, strict=True) if shown] for row in kept]
-    else:
-        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        if prompts and tokenizer is None:
-            raise ValueError(
-                "expected a tokenizer for texts; give tokenizer= to the model or to this call, or token ids"
-            )
-        rows = [tokenizer(prompt)["input_ids"] for prompt in prompts]
-        if rows and not ended and len(rows[0]) > 1 and rows[0][-1] == tokenizer.eos_token_id:
-            rows = [ids[:-1] for ids in rows]
+    rows = _token_rows(prompts, tokenizer, ended)
     if not rows:
         raise ValueError("expected at least one prompt, got none")
     if not all(rows):
@@ -216,6 +204,21 @@ def _encoded(prompts, tokenizer, ended: bool) -> dict[str, Tensor]:
     ids = torch.tensor([[fill] * (width - len(row)) + row for row in rows])
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
     return {"input_ids": ids, "attention_mask": mask}
+
+
+def _token_rows(prompts, tokenizer, ended: bool) -> list[list[int]]:
+    """The tokens of each prompt without padding; one that goes on (not `ended`) without an end-of-text token."""
+    if isinstance(prompts, Mapping):
+        masks = prompts.get("attention_mask", [[1] * len(ids) for ids in prompts["input_ids"]])
+        kept = zip(prompts["input_ids"], masks, strict=True)
+        return [[int(token) for token, shown in zip(*row, strict=True) if shown] for row in kept]
+    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    if prompts and tokenizer is None:
+        raise ValueError("expected a tokenizer for texts; give tokenizer= to the model or to this call, or token ids")
+    rows = [tokenizer(prompt)["input_ids"] for prompt in prompts]
+    if rows and not ended and len(rows[0]) > 1 and rows[0][-1] == tokenizer.eos_token_id:
+        rows = [ids[:-1] for ids in rows]
+    return rows
 
 
 def _check_room(network, prompt: int, new: int) -> None:

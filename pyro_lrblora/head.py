@@ -10,6 +10,7 @@ from pyro.nn import PyroModule
 from torch import Tensor, nn
 
 from .likelihoods import Categorical, label_site, logits_of
+from .parts import output_embedding
 
 _CHOICE_ROWS = 5000  # training rows a prior scale is chosen on
 
@@ -60,7 +61,7 @@ def head_parameters(network: nn.Module, modules: Iterable[str] | None = None) ->
     if base is network:
         return {}
     shared = {id(p) for p in base.parameters()}
-    output = network.get_output_embeddings() if hasattr(network, "get_output_embeddings") else None
+    output = output_embedding(network)
     if output is not None:
         shared |= {id(p) for p in output.parameters()}
     return {name: p for name, p in named.items() if id(p) not in shared}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import sys
 import uuid
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -24,6 +23,7 @@ from .data import Batch, batch_rows
 from .data.texts import IGNORED
 from .data_plate import DataPlate
 from .head import FixedHead, PointHead, check_head, check_in_memory, head_parameters, output_layer
+from .parts import check_network, check_parts, output_embedding
 from .positions import positions, takes_positions
 from .priors.learned import LearnedScale
 
@@ -76,19 +76,14 @@ class BayesianLoRA:
         dropout: bool = False,
     ):
         self.network, self.adapter = network, LoRAXS() if adapter is None else adapter
-        _check_parts(self.adapter, prior, likelihood)
-        _check_plain(network)
+        check_parts(self.adapter, prior, likelihood)
+        check_network(network, likelihood)
         self.prior, self.likelihood = prior, likelihood
         self.tokenizer, self.size, self.dropout = tokenizer, size, dropout
         self.head_modules, self.head_scale = head_modules, head_scale
         parameters = head_parameters(network, head_modules)
         check_in_memory(parameters)
-        output = network.get_output_embeddings() if hasattr(network, "get_output_embeddings") else None
-        if output is not None and isinstance(likelihood, likelihoods.Categorical):
-            raise ValueError(
-                f"expected a classifier for {likelihood!r}, got the language model {type(network).__name__}; write "
-                "likelihoods.NextToken(), or load it as AutoModelForSequenceClassification"
-            )
+        output = output_embedding(network)
         excluded = {name.rpartition(".")[0] for name in parameters}
         excluded |= {name for name, module in network.named_modules() if module is output}
         self.modules = find_targets(network, self.adapter.targets, self.adapter.layers, excluded)
@@ -383,25 +378,3 @@ class BayesianLoRA:
     def _autocast(self):
         dtype = PRECISIONS[self._precision]
         return torch.autocast(self.device.type, dtype, enabled=dtype is not None)
-
-
-def _check_parts(adapter, prior, likelihood) -> None:
-    """Raise a TypeError for a part that was given as its class, or as something that is none."""
-    examples = {"adapter": "LoRAXS()", "prior": "priors.Normal(0.1)", "likelihood": "likelihoods.Categorical()"}
-    for role, part in {"adapter": adapter, "prior": prior, "likelihood": likelihood}.items():
-        if isinstance(part, type):
-            raise TypeError(f"expected {role}={part.__name__}(...), got the class itself; write {part.__name__}()")
-        if not (hasattr(part, "bind") if role == "adapter" else callable(part)):
-            raise TypeError(f"expected {role}= such as {examples[role]}, got {part!r}")
-
-
-def _check_plain(network: nn.Module) -> None:
-    """Raise a ValueError for a network whose modules would not run the adapter's hooks, or are adapted already."""
-    if type(network).__name__ == "OptimizedModule":
-        raise ValueError("expected a network that is not compiled, got one of torch.compile; give network._orig_mod")
-    if any(getattr(module, "_compiled_call_impl", None) is not None for module in network.modules()):
-        raise ValueError("expected a network that is not compiled, got one after .compile(); load it again")
-    if "peft" in sys.modules:
-        from .peft_io import check_without_peft
-
-        check_without_peft(network)

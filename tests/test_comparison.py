@@ -1,5 +1,6 @@
 """The comparison table against its parts."""
 
+import copy
 import io
 import math
 import re
@@ -185,6 +186,16 @@ def test_evidence_is_per_training_row_and_blank_for_a_point_a_mean_and_a_tempera
     assert "point: no ELBO or LOO: a point has no density" in table.attrs["notes"]
     assert "diagonal, precision: ELBO and LOO are conditional on the point head" in table.attrs["notes"]
     assert "diagonal, precision: k-hat is high above 0.41, with 50 draws" in table.attrs["notes"]
+
+
+def test_k_hat_is_high_above_the_limit_of_so_few_draws(fits, reviews):
+    """A guide that is too narrow by a fifth: k-hats between 0.41, the limit for 50 draws, and the usual 0.7."""
+    narrow = copy.deepcopy(fits["diagonal"])
+    with torch.no_grad():
+        narrow.guide.scale_unconstrained += math.log(0.8)
+    k_hat = importance(narrow, reviews["train"], draws=50).loo.k_hat
+    assert ((k_hat > 0.42) & (k_hat < 0.69)).all()
+    assert lb.compare({"narrow": narrow}, reviews["test"], train=reviews["train"]).loc["narrow", "high k-hat"] == 1
 
 
 def test_costs(table, fits):

@@ -1,0 +1,43 @@
+"""What a model cannot be made of, told before any work."""
+
+from __future__ import annotations
+
+import sys
+
+from torch import nn
+
+from .likelihoods import Categorical
+
+
+def check_parts(adapter, prior, likelihood) -> None:
+    """Raise a TypeError for a part that was given as its class, or as something that is none."""
+    examples = {"adapter": "LoRAXS()", "prior": "priors.Normal(0.1)", "likelihood": "likelihoods.Categorical()"}
+    for role, part in {"adapter": adapter, "prior": prior, "likelihood": likelihood}.items():
+        if isinstance(part, type):
+            raise TypeError(f"expected {role}={part.__name__}(...), got the class itself; write {part.__name__}()")
+        if not (hasattr(part, "bind") if role == "adapter" else callable(part)):
+            raise TypeError(f"expected {role}= such as {examples[role]}, got {part!r}")
+
+
+def check_network(network: nn.Module, likelihood) -> None:
+    """Raise a ValueError for a network that the adapter's hooks would not run in, that is adapted already, or that
+    returns no logits of the classes a likelihood wants.
+    """
+    if type(network).__name__ == "OptimizedModule":
+        raise ValueError("expected a network that is not compiled, got one of torch.compile; give network._orig_mod")
+    if any(getattr(module, "_compiled_call_impl", None) is not None for module in network.modules()):
+        raise ValueError("expected a network that is not compiled, got one after .compile(); load it again")
+    if "peft" in sys.modules:
+        from .peft_io import check_without_peft
+
+        check_without_peft(network)
+    if output_embedding(network) is not None and isinstance(likelihood, Categorical):
+        raise ValueError(
+            f"expected a classifier for {likelihood!r}, got the language model {type(network).__name__}; write "
+            "likelihoods.NextToken(), or load it as AutoModelForSequenceClassification"
+        )
+
+
+def output_embedding(network: nn.Module) -> nn.Module | None:
+    """A language model's last layer; None of any other network."""
+    return network.get_output_embeddings() if hasattr(network, "get_output_embeddings") else None
