@@ -17,6 +17,8 @@ from test_model import PRIORS
 
 import pyro_lrblora as lb
 from pyro_lrblora.adapters.targets import base_weight
+from pyro_lrblora.guides.stock import build_guide
+from pyro_lrblora.infer.chains import starting_values
 from pyro_lrblora.priors import prior_variance
 from pyro_lrblora.priors.variance import prior_covariance
 
@@ -153,7 +155,8 @@ def test_matrix_normal_draws_are_correlated_within_a_module_only():
 
 def gamma_prior(shapes):
     """A user's own scales, of a distribution without an inverse cdf."""
-    scale = pyro.sample("scale", dist.Gamma(2.0, 20.0).expand((3, 1, 1)).to_event())
+    modules = next(iter(shapes.values()))[0]
+    scale = pyro.sample("scale", dist.Gamma(2.0, 20.0).expand((modules, 1, 1)).to_event())
     return {name: pyro.sample(name, dist.Normal(0.0, scale).expand(shape).to_event()) for name, shape in shapes.items()}
 
 
@@ -187,6 +190,20 @@ def test_prior_sd_at_the_median_of_the_scales(prior, sd, tolerance):
         assert torch.equal(torch.get_rng_state(), before)
     torch.testing.assert_close(seen[0], torch.full(SHAPES["R"], float(sd)), rtol=tolerance, atol=0)
     assert torch.equal(*seen)
+
+
+@pytest.mark.parametrize("prior", [lb.priors.LayerScale(0.1), gamma_prior], ids=label)
+@pytest.mark.parametrize("kind", ["library guide", "Pyro guide", "chain"])
+def test_scales_of_a_prior_begin_at_their_median(prior, kind):
+    model = tiny_model(prior).prepare(token_batches())
+    if kind == "chain":
+        values = starting_values(model.with_head("bayesian"), None)
+    else:
+        values = build_guide(lb.guides.Diagonal() if kind == "library guide" else AutoNormal, model)
+        values = (values.extra if kind == "library guide" else values).median()
+    (found,) = (value for name, value in values.items() if "scale" in name)
+    expected = 0.1 if prior != gamma_prior else stats.gamma(2.0, scale=1 / 20).median()
+    torch.testing.assert_close(found, torch.full_like(found, expected), rtol=0.05, atol=0)
 
 
 def row_normal(shapes):

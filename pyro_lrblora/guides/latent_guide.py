@@ -12,13 +12,14 @@ import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.infer.autoguide import AutoNormal
-from pyro.infer.autoguide.initialization import init_to_median, init_to_value
+from pyro.infer.autoguide.initialization import init_to_value
 from pyro.nn import PyroModule
 from torch import Tensor
 
 from ..distributions import LowRankPrecisionNormal
 from ..fisher import Fisher
 from ..priors import prior_variance
+from ..priors.median import init_to_prior_median
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,7 @@ class LatentGuide(PyroModule):
             torch.manual_seed(0)
             if not poutine.trace(program).get_trace().stochastic_nodes:
                 return None
-            start = init_to_value(values=model.start(), fallback=init_to_median)
+            start = init_to_value(values=model.start(), fallback=init_to_prior_median)
             guide = self.extra_family(program, init_loc_fn=start)
             guide._setup_prototype()
         return guide

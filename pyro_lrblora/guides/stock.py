@@ -9,11 +9,12 @@ from functools import partial
 
 import pyro.distributions as dist
 import torch
-from pyro.infer.autoguide import AutoContinuous, AutoGuide, AutoNormal, init_to_median, init_to_value
+from pyro.infer.autoguide import AutoContinuous, AutoGuide, AutoNormal, init_to_value
 from torch import Tensor, nn
 from torch.distributions import Normal, biject_to
 
 from ..distributions import CovarianceFactors, FullCovariance
+from ..priors.median import init_to_prior_median
 from .latent_guide import LatentGuide
 
 
@@ -36,7 +37,8 @@ def build_guide(spec, model, start_scale: float | None = None, start: Mapping[st
     if is_stock(spec):
         accepted = inspect.signature(spec).parameters
         if "init_loc_fn" in accepted and accepted["init_loc_fn"].default is not None:
-            options["init_loc_fn"] = init_to_value(values=model.start() | dict(start or {}), fallback=init_to_median)
+            values = model.start() | dict(start or {})
+            options["init_loc_fn"] = init_to_value(values=values, fallback=init_to_prior_median)
         if "init_scale" in accepted and start_scale is not None:
             options["init_scale"] = start_scale
     given = spec.keywords if isinstance(spec, partial) else {}

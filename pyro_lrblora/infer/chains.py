@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import pyro
 from pyro import poutine
-from pyro.infer.autoguide.initialization import InitMessenger, init_to_median, init_to_value
+from pyro.infer.autoguide.initialization import InitMessenger, init_to_value
 from torch import Tensor
 
 from ..arviz_io import convergence
@@ -15,6 +15,7 @@ from ..data import Batch
 from ..guides.draws import Draws, DrawsGuide
 from ..model import BayesianLoRA
 from ..posterior import Posterior
+from ..priors.median import init_to_prior_median
 
 R_HAT = 1.05  # above it, chains are called not converged
 
@@ -68,7 +69,7 @@ def check_chain_arguments(model: BayesianLoRA, **counts: int) -> None:
 def starting_values(model: BayesianLoRA, init: Posterior | None) -> dict[str, Tensor]:
     """Every site's value at init's mean, or at the pretrained network with the prior's own sites at their median."""
     known = model.start() | ({} if init is None else init.mean())
-    messenger = InitMessenger(init_to_value(values=known, fallback=init_to_median))
+    messenger = InitMessenger(init_to_value(values=known, fallback=init_to_prior_median))
     with poutine.block():
         trace = poutine.trace(messenger(model.sample_prior)).get_trace()
     return {name: trace.nodes[name]["value"].detach().clone() for name in trace.stochastic_nodes}

@@ -7,13 +7,14 @@ import time
 import datasets
 import torch
 from pyro.infer import MCMC, NUTS
-from pyro.infer.autoguide.initialization import init_to_median, init_to_value
+from pyro.infer.autoguide.initialization import init_to_value
 from torch import Tensor
 
 from ..data import Batch, as_batches, naming_the_batch
 from ..model import BayesianLoRA
 from ..posterior import Posterior, local_parameters
 from ..priors import prior_variance
+from ..priors.median import init_to_prior_median
 from ..provenance import fitted_with
 from .chains import check_chain_arguments, log_joint, posterior_of_chains, starting_values
 from .start import in_subspace
@@ -104,7 +105,7 @@ def nuts(
                 target_accept_prob=target_accept,
                 max_tree_depth=max_tree_depth,
                 full_mass=full_mass,
-                init_strategy=init_to_value(values=start, fallback=init_to_median),
+                init_strategy=init_to_value(values=start, fallback=init_to_prior_median),
             )
             sampler = MCMC(kernel, draws, warmup, disable_progbar=not progress)
             with model.attached(dropout=False):

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pyro
 import torch
 from pyro import poutine
-from pyro.distributions import ExpandedDistribution, MaskedDistribution
 from pyro.infer.autoguide.initialization import InitMessenger, init_to_median
 from torch import Tensor
-from torch.distributions import Independent
 
-_DRAWS = 4001  # for a median without a closed form: it is good to 2% of a normal's sd
-_FEWEST = 401  # of a site so large that the draws would have more entries than the next line
-_ENTRIES = 2**20
+from .median import base_distribution, init_to_prior_median, median_draws
 
 
 @torch.no_grad()
@@ -59,29 +55,24 @@ def prior_covariance(program: Callable[[], object], sites: Iterable[str]) -> dic
 def _at_median(program: Callable[[], object], latents: list[str]) -> Iterator[poutine.Trace]:
     """The program's trace with every site at its median; draws inside are seeded and leave the global stream alone."""
 
-    def median(site: dict) -> Tensor:
-        fn, base = site["fn"], _base(site["fn"])
-        if not base.event_shape:
-            with suppress(NotImplementedError, AttributeError):
-                return base.icdf(torch.tensor(0.5)).expand(fn.shape())
-        # The default, 15 draws, misses by a third of an sd: too much for a scale, which is the unit of much else. Of a
-        # latent it will do, and is quick: no other site's distribution hangs on its value.
-        return init_to_median(site) if site["name"] in latents else init_to_median(site, num_samples=_draws(fn))
+    def start(site: dict) -> Tensor:
+        # Of a latent the quick one will do: no other site's distribution hangs on its value.
+        return init_to_median(site) if site["name"] in latents else init_to_prior_median(site)
 
     with pyro.settings.context(module_local_params=True), torch.random.fork_rng(), poutine.block():
         torch.manual_seed(0)
-        yield poutine.trace(InitMessenger(median)(program)).get_trace()
+        yield poutine.trace(InitMessenger(start)(program)).get_trace()
 
 
 def _variance(fn) -> Tensor:
     if fn.variance.isfinite().all():
         return fn.variance
-    robust = (fn.sample((_draws(fn),)).abs().median(0).values / 0.6745).square()
+    robust = (fn.sample((median_draws(fn),)).abs().median(0).values / 0.6745).square()
     return torch.where(fn.variance.isfinite(), fn.variance, robust)
 
 
 def _blocks(name: str, fn) -> Tensor:
-    base, variance = _base(fn), _variance(fn).double()
+    base, variance = base_distribution(fn), _variance(fn).double()
     axes, size = len(base.event_shape), base.event_shape.numel()
     if not axes:
         return variance.reshape(-1, 1, 1)
@@ -101,14 +92,3 @@ def _blocks(name: str, fn) -> Tensor:
     # The matrix of a heavy-tailed distribution may be its scale: the correlations are the same.
     ratio = (variance.reshape(-1, size) / dense.diagonal(dim1=-2, dim2=-1)).sqrt()
     return dense * ratio[:, :, None] * ratio[:, None, :]
-
-
-def _base(fn):
-    """The distribution whose batches are independent, without what only renames their axes."""
-    while isinstance(fn, Independent | MaskedDistribution | ExpandedDistribution):
-        fn = fn.base_dist
-    return fn
-
-
-def _draws(fn) -> int:
-    return max(_FEWEST, min(_DRAWS, _ENTRIES // max(1, fn.shape().numel())))
