@@ -27,6 +27,7 @@ def generate(
     top_k: int = 0,
     top_p: float = 1.0,
     seed: int = 0,
+    antithetic: bool = True,
     precision: str = "fp32",
     tokenizer=None,
     **options,
@@ -45,6 +46,7 @@ def generate(
         do_sample: draw each token from the averaged distribution; False takes its most probable one.
         temperature, top_k, top_p: of sampling, applied to the averaged distribution.
         seed: of the draws and of the sampling.
+        antithetic: as in predict.
         precision: "fp32", "bf16" or "fp16".
         tokenizer: for texts, where the model has none.
         options: of transformers' generate, such as repetition_penalty; beams are not among them.
@@ -72,7 +74,7 @@ def generate(
     if ours:
         raise ValueError(f"expected other options of generate, got {ours}; write max_new_tokens= for a length")
     inputs = _encoded(prompts, tokenizer, network.config.is_encoder_decoder)
-    values = posterior.mean() if at else posterior.sample(draws, seed=seed)
+    values = posterior.mean() if at else posterior.sample(draws, seed=seed, antithetic=antithetic)
     values = {name: values[name].unsqueeze(0) if at else values[name] for name in model.sites.shapes}
     count = 1 if at else draws
     rows = len(inputs["input_ids"])

@@ -32,7 +32,7 @@ def wide_posterior(network, targets="attention", scale=1.0):
 
 def by_hand(posterior, prompt, draws, tokens, seed=0, decoder_start=None):
     """Greedy continuation from full forwards of each draw in turn: tokens, entropies, mean entropies, log probs."""
-    model, values = posterior.model, posterior.sample(draws, seed=seed)
+    model, values = posterior.model, posterior.sample(draws, seed=seed, antithetic=True)
     written, rows = [], []
     for _ in range(tokens):
         each = []
@@ -94,7 +94,7 @@ def test_sampled_tokens_have_the_averaged_distribution():
     prompt = torch.tensor([[2, 5, 7]])
     found = lb.generate(posterior, prompt.expand(2000, -1), draws=2, max_new_tokens=1, do_sample=True)
     batch = {"input_ids": prompt, "attention_mask": torch.ones_like(prompt)}
-    values = posterior.sample(2, seed=0)
+    values = posterior.sample(2, seed=0, antithetic=True)
     with torch.no_grad():
         each = [posterior.model.outputs(batch, {"R": values["R"][s]}, {}).logits[0, -1].softmax(-1) for s in range(2)]
     expected = (each[0] + each[1]) / 2
