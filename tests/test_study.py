@@ -149,9 +149,9 @@ def test_paired_differences_against_brute_force(script):
     generator = np.random.default_rng(0)
     losses = generator.normal(size=(2, 3, 40))  # methods, seeds, rows
 
-    def run(method, seed, values):
+    def run(method, seed, values, task="t"):
         row = {"losses": {"NLL": list(values)}, "losses, tempered": {"NLL": list(values + 1)}}
-        return {"settings": {"stage": "scores", "task": "t", "method": method, "seed": seed}, "rows": {"draws": row}}
+        return {"settings": {"stage": "scores", "task": task, "method": method, "seed": seed}, "rows": {"draws": row}}
 
     names = (tables.OURS, "LoRA")
     runs = [run(name, seed, losses[i, seed]) for i, name in enumerate(names) for seed in range(3)]
@@ -163,6 +163,13 @@ def test_paired_differences_against_brute_force(script):
     assert tables.paired(runs, "NLL", "LoRA", temper_other=True).loc["t", "difference"] == pytest.approx(
         difference.mean() - 1
     )
+    runs.append(run(tables.OURS, 0, losses[0, 0], "u"))
+    assert list(tables.paired(runs, "NLL", "LoRA").index) == ["t"]  # LoRA has not been run on u
+    both = tables.paired([*runs, run("LoRA", 0, losses[1, 0], "u")], "NLL", "LoRA")
+    single = difference[0].std(ddof=1) / 40**0.5
+    assert both.loc["all tasks", "difference"] == pytest.approx((difference.mean() + difference[0].mean()) / 2)
+    assert both.loc["all tasks", "SE"] == pytest.approx((rows**2 + seeds**2 + single**2) ** 0.5 / 2)
+    assert both.loc["all tasks", "seeds"] == 1
 
 
 def test_variations_against_brute_force(script):

@@ -72,11 +72,8 @@ def variations(finished: Sequence[Mapping]) -> pd.DataFrame:
         rows[name] = {task: np.mean([losses.mean() for losses in seeds.values()]) for task, seeds in tasks.items()}
         against = [_difference(seeds, found.get("default", {}).get(task, {})) for task, seeds in tasks.items()]
         if all(against):
-            rows[name] |= {
-                "mean - default": np.mean([row["difference"] for row in against]),
-                "SE": np.sum([row["SE"] ** 2 for row in against]) ** 0.5 / len(against),
-                "seeds": min(row["seeds"] for row in against),
-            }
+            mean = _mean(against)
+            rows[name] |= {"mean - default": mean["difference"], "SE": mean["SE"], "seeds": mean["seeds"]}
     return pd.DataFrame.from_dict(rows, orient="index")
 
 
@@ -111,7 +108,8 @@ def paired(
         ours: the method it is compared with.
 
     Returns:
-        Columns difference, SE, seeds, see `_difference`.
+        Columns difference, SE, seeds, see `_difference`; a row per task and, where both have every task that ours has,
+        "all tasks", their mean.
     """
     found: dict[str, dict[str, dict[int, np.ndarray]]] = {}
     for run in _of(finished, "scores"):
@@ -119,7 +117,9 @@ def paired(
         key = "losses, tempered" if temper_other and at["method"] == other else "losses"
         if at["method"] in (ours, other) and key in row:
             found.setdefault(at["task"], {}).setdefault(at["method"], {})[at["seed"]] = np.asarray(row[key][loss])
-    rows = {task: _difference(each.get(ours, {}), each.get(other, {})) for task, each in found.items()}
+    rows = {task: _difference(each[ours], each.get(other, {})) for task, each in found.items() if ours in each}
+    if len(rows) > 1 and all(rows.values()):
+        rows["all tasks"] = _mean(list(rows.values()))
     return pd.DataFrame.from_dict({task: row for task, row in rows.items() if row}, orient="index")
 
 
@@ -174,7 +174,7 @@ def by_method(scored: pd.DataFrame) -> pd.DataFrame:
 
 
 def differences(finished: Sequence[Mapping], scored: pd.DataFrame, ours: str = OURS) -> pd.DataFrame:
-    """One method minus every other, in NLL and Brier, by task; and minus LoRA after temperature scaling."""
+    """One method minus every other, in NLL and Brier, by task and over all, and LoRA at its temperature."""
     others = [name for name in scored["method"].unique() if name != ours]
     rows = {}
     for other, temper in [(name, False) for name in others] + [(REFERENCE, True)]:
@@ -266,6 +266,15 @@ def _difference(ours: Mapping[int, np.ndarray], other: Mapping[int, np.ndarray])
     if len(seeds) > 1:
         variance += differences.mean(1).var(ddof=1) / len(seeds)
     return {"difference": differences.mean(), "SE": variance**0.5, "seeds": len(seeds)}
+
+
+def _mean(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The mean of independent differences, its standard error, and the fewest seeds that one of them has."""
+    return {
+        "difference": np.mean([row["difference"] for row in rows]),
+        "SE": np.sum([row["SE"] ** 2 for row in rows]) ** 0.5 / len(rows),
+        "seeds": min(row["seeds"] for row in rows),
+    }
 
 
 def _of(finished: Sequence[Mapping], stage: str) -> list[Mapping]:
