@@ -23,8 +23,8 @@ _EVIDENCE = ["ELBO per row", "ELBO per row SE", "LOO per row", "LOO per row SE",
 _COSTS = ["parameters", "head", "total", "of LoRA r=8", "training s", "s/step", "s/1000 predictions"]
 _SUFFIXES = (", mean", ", linearised", ", temperature")
 _WITHOUT = {
-    "train": "no training rows were given: no training NLL, ELBO or LOO",
-    "validation": "no validation rows were given: no temperature scaling",
+    "train": "no training NLL, ELBO or LOO, which lb.compare has with train=",
+    "validation": "no temperature scaling, which lb.compare has with validation=",
 }
 
 

@@ -248,7 +248,7 @@ def test_a_missing_role_leaves_its_columns_out_and_says_so(fits, reviews):
         table = lb.compare({"a": fits["diagonal"]}, reviews["test"], draws=2, bins=7, evidence_draws=2, **roles)
         assert not columns & set(table)
         assert scores < set(table)
-        assert any(f"no {'training' if role == 'train' else role} rows were given" in n for n in table.attrs["notes"])
+        assert any(f"lb.compare has with {role}=" in n for n in table.attrs["notes"])
 
 
 def test_everything_is_checked_before_any_prediction(fits, reviews, monkeypatch):
