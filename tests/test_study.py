@@ -4,6 +4,7 @@ import argparse
 import importlib
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -201,3 +202,25 @@ def test_averages_are_over_the_same_runs_for_every_method(script):
     assert set(zip(kept["method"], kept["task"], strict=True)) == {
         (method, task) for method in ("LoRA", tables.OURS, "fourth") for task in "ab"
     }
+
+
+def test_seconds_are_those_of_the_fit_and_not_of_preparing(script, monkeypatch):
+    methods = script("methods")
+    now = [0.0]
+
+    def passes(seconds, result):
+        now[0] += seconds
+        return result
+
+    class Model:
+        prepare = lambda self, *_, **__: passes(100.0, self)
+        with_prior = lambda self, prior: self
+
+    monkeypatch.setattr(methods, "time", SimpleNamespace(process_time=lambda: now[0]))
+    monkeypatch.setattr(methods.lb, "BayesianLoRA", lambda *_, **__: Model())
+    fits = methods.Fits(SimpleNamespace(network=None, likelihood=None, train=None, seed=0), None)
+    monkeypatch.setattr(fits, "fit", lambda *_, **__: passes(1.0, "posterior"))
+    for rate in (1e-3, 1e-3, 3e-3):  # prepared and fitted, taken again, fitted anew
+        fits.borrowed, begun = 0.0, now[0]
+        fits.point(methods.LORA, rate)
+        assert now[0] - begun + fits.borrowed == 1.0

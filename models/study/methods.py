@@ -46,15 +46,17 @@ class Fits:
 
     def __init__(self, problem: Problem, args: argparse.Namespace):
         self.problem, self.args = problem, args
-        self.borrowed = 0.0  # CPU seconds of fits that were made before and used again
+        self.borrowed = 0.0  # CPU seconds of fits made before and used again, less those that prepared a network
         self._models: dict[str, lb.BayesianLoRA] = {}
         self._points: dict[str, tuple[lb.Posterior, float]] = {}
 
     def model(self, adapter, prior=FLAT) -> lb.BayesianLoRA:
         """The network with an adapter, prepared once, under a prior."""
         if repr(adapter) not in self._models:
+            begun = time.process_time()
             model = lb.BayesianLoRA(self.problem.network, adapter, likelihood=self.problem.likelihood)
             self._models[repr(adapter)] = model.prepare(self.problem.train, seed=self.problem.seed)
+            self.borrowed -= time.process_time() - begun
         return self._models[repr(adapter)].with_prior(prior)
 
     def options(self) -> dict:
@@ -74,8 +76,8 @@ class Fits:
         if key in self._points:
             self.borrowed += self._points[key][1]
         else:
-            begun = time.process_time()
-            point = self.fit(self.model(adapter), G.Delta(), rates=lb.Rates(loc=rate))
+            model, begun = self.model(adapter), time.process_time()
+            point = self.fit(model, G.Delta(), rates=lb.Rates(loc=rate))
             self._points[key] = point, time.process_time() - begun
         return self._points[key][0]
 
