@@ -138,11 +138,17 @@ def test_a_study_from_tuning_to_tables_that_goes_on(script, shared, tmp_path, ca
     assert "| LowRankPrecision - LoRA " in tables
     assert "| K = 2 " in tables
     assert f"{scored[1]['rows']['draws']['test']['NLL']:.3f}" in tables
-    assert (tmp_path / "nll.svg").exists()
+    assert (tmp_path / "nll_24.svg").exists()
     before = (tmp_path / "runs.jsonl").read_text()
     study.main(command)
     assert (tmp_path / "runs.jsonl").read_text() == before
     assert "1/2 scores sst2 LoRA" in capsys.readouterr().out
+    more = [run | {"settings": run["settings"] | {"rows": 48}} for run in scored]
+    script("tables").write_tables([*lines(tmp_path), *more], tmp_path)
+    first, second = (tmp_path / "tables.md").read_text().split("# 48 training rows")
+    assert first == tables + "\n"  # rows of another setting change nothing there
+    assert "## Tuned values" not in second
+    assert (tmp_path / "nll_48.svg").exists()
 
 
 def test_paired_differences_against_brute_force(script):

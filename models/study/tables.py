@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -124,24 +124,32 @@ def paired(
 
 
 def write_tables(finished: Sequence[Mapping], folder: Path) -> None:
-    """Write tables.md and the figures below a folder."""
+    """Write tables.md and the figures below a folder, those of every number of training rows apart."""
     folder.mkdir(parents=True, exist_ok=True)
     parts = []
+    for rows in sorted({run["settings"]["rows"] for run in finished}):
+        alike = [run for run in finished if run["settings"]["rows"] == rows]
+        parts += [f"# {rows} training rows", *_tables(alike, folder, rows)]
+    (folder / "tables.md").write_text("\n\n".join(parts) + "\n")
+
+
+def _tables(finished: Sequence[Mapping], folder: Path, rows: int) -> Iterator[str]:
+    """The blocks of tables.md and the figures, of runs with as many training rows."""
     tuned, varied, scored = tuning(finished), variations(finished), scores(finished)
     if len(tuned):
-        parts += ["## Tuned values: validation NLL on the development tasks", _wide(tuned)]
+        yield from ["## Tuned values: validation NLL on the development tasks", _wide(tuned)]
     if len(varied):
-        parts += ["## The default with one thing changed: NLL on judged rows", varied.round(3).to_markdown()]
+        yield from ["## The default with one thing changed: NLL on judged rows", varied.round(3).to_markdown()]
     if len(scored):
-        parts += ["## Averages over tasks", averages(scored).to_markdown()]
+        yield from ["## Averages over tasks", averages(scored).to_markdown()]
         for task in scored["task"].unique():
-            parts += [f"## {task}", by_method(scored[scored["task"] == task]).to_markdown()]
+            yield from [f"## {task}", by_method(scored[scored["task"] == task]).to_markdown()]
         for ours in [name for name in (OURS, "Diagonal") if name in set(scored["method"])]:
-            parts += [f"## Paired differences of {ours}", differences(finished, scored, ours).fillna("").to_markdown()]
-        parts += ["## Steps to LoRA's best validation NLL", convergence(finished).to_markdown()]
-        dots(scored, folder / "nll.svg")
-        curves(finished, folder / "curves.svg")
-    (folder / "tables.md").write_text("\n\n".join(parts) + "\n")
+            table = differences(finished, scored, ours).fillna("")
+            yield from [f"## Paired differences of {ours}", table.to_markdown()]
+        yield from ["## Steps to LoRA's best validation NLL", convergence(finished).to_markdown()]
+        dots(scored, folder / f"nll_{rows}.svg")
+        curves(finished, folder / f"curves_{rows}.svg")
 
 
 def averages(scored: pd.DataFrame) -> pd.DataFrame:
