@@ -151,6 +151,16 @@ def test_a_study_from_tuning_to_tables_that_goes_on(script, shared, tmp_path, ca
     assert (tmp_path / "nll_48.svg").exists()
 
 
+@pytest.mark.filterwarnings("ignore::pyro_lrblora.ChainsNotConverged")
+def test_spectra_of_a_full_matrix_and_of_a_chain(script, shared, capsys):
+    command = ["--data", str(shared / "data"), "--tasks", "sst2", "--frozen-layers", "5", "--rank", "2", "--rows", "24"]
+    command += ["--validation-rows", "16", "--epochs", "1", "--max-length", "24"]
+    script("spectrum").main([*command, "--chain-rank", "1", "--chain-rows", "8", "--chain-draws", "4"])
+    printed = capsys.readouterr().out
+    assert printed.count("full Gauss-Newton matrix") == 2
+    assert "sst2, NUTS, r = 1" in printed
+
+
 def test_paired_differences_against_brute_force(script):
     tables = script("tables")
     generator = np.random.default_rng(0)

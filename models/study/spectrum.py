@@ -38,6 +38,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--chain-rows", type=int, default=64)
     parser.add_argument("--chain-draws", type=int, default=150, help="after as many of warm-up, two chains")
     parser.add_argument("--seed", type=int, default=0)
+    parser.set_defaults(judged_rows=0)  # nothing is predicted
     args = parser.parse_args(argv)
     for task in args.tasks:
         random = full(task, "Random", args)

@@ -57,7 +57,8 @@ class Problem:
         network: the upper layers and a head that is zero.
         likelihood: of the labels.
         train, validation: with labels, from the training split.
-        test: of the test split; where that is not looked at yet, as many as are judged, also from the training split.
+        test: of the test split; where that is not looked at yet, as many as are judged, also from the training split,
+            or None.
         outside: rows of another kind, or None.
         votes: rows that people voted on, and their counts (N, C), or None.
         seed: of the choice of rows, and of every fit.
@@ -67,7 +68,7 @@ class Problem:
     likelihood: object
     train: LowerStates
     validation: LowerStates
-    test: LowerStates
+    test: LowerStates | None
     outside: LowerStates | None
     votes: tuple[LowerStates, np.ndarray] | None
     seed: int
@@ -109,7 +110,8 @@ def problem(name: str, seed: int, args: argparse.Namespace, test: bool = True) -
     outside = votes = None
     if not test:
         begin = args.rows + args.validation_rows
-        held = states(rows.select(range(begin, min(begin + args.judged_rows, len(rows)))))
+        judged = range(begin, min(begin + args.judged_rows, len(rows)))
+        held = states(rows.select(judged)) if judged else None
     else:
         take = lambda rows, count: rows.shuffle(seed=0).select(range(min(count, len(rows))))
         held = states(take(labelled(folder / name, task.test, task), args.test_rows))
