@@ -44,12 +44,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         random = full(task, "Random", args)
         for projection in ("Gradient", "SVD"):
             found = low_rank(full(task, projection, args), random)
-            print(
-                f"\n{task}, {projection} projection, full Gauss-Newton matrix\n\n{found.table.round(3).to_markdown()}"
-            )
+            print(f"\n{task}, {projection} projection, full Gauss-Newton matrix\n\n{_shown(found)}")
         if args.chain_rank:
             found = low_rank(chain(task, args))
-            print(f"\n{task}, NUTS, r = {args.chain_rank}\n\n{found.table.round(3).to_markdown()}\n\n{found.note}")
+            print(f"\n{task}, NUTS, r = {args.chain_rank}\n\n{_shown(found)}\n\n{found.note}")
 
 
 def full(task: str, projection: str, args: argparse.Namespace) -> lb.Posterior:
@@ -71,6 +69,10 @@ def chain(task: str, args: argparse.Namespace) -> lb.Posterior:
     whole = problem(task, args.seed, small, test=False).train
     model = point.model.with_head(lb.fixed_from(point))
     return lb.infer.nuts(model, whole, init=point, draws=args.chain_draws, warmup=args.chain_draws, chains=2)
+
+
+def _shown(found) -> str:
+    return found.table.reset_index().round(3).to_markdown(index=False)
 
 
 if __name__ == "__main__":
