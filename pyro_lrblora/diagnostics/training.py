@@ -156,7 +156,7 @@ def _judge(result: Training, settings: Mapping, tolerance: float) -> Training:
     if len(elbo) < _EPOCHS:
         reason = f"{len(elbo)} epochs are too few to tell a slope from noise"
         return replace(result, reason=reason, advice=f"at least {_EPOCHS} epochs")
-    moved = f"the {name} gains {gain:.4f} +- {error:.4f} nats per row and epoch at the full rate"
+    moved = f"the {name} gains {gain:.4f} ± {error:.4f} nats per row and epoch at the full rate"
     if gain > max(tolerance, error):
         return replace(result, verdict=TRAIN_LONGER, reason=moved, advice="more epochs, or higher rates")
     if gain < -max(tolerance, error):
