@@ -121,13 +121,13 @@ def test_a_study_from_tuning_to_tables_that_goes_on(script, shared, tmp_path, ca
     tuned = lines(tmp_path)
     assert len(tuned) == 3 + 3 + 2
     for run in tuned:
-        wanted = {"validation"} | ({"judged", "losses"} if run["settings"]["stage"] == "defaults" else set())
+        wanted = {"validation", "judged", "losses"}
         assert all(set(row) == wanted for name, row in run["rows"].items() if name != "fit")
     study.main([*command, "--stages", "scores"])
     scored = [run for run in lines(tmp_path) if run["settings"]["stage"] == "scores"]
     best = {
         name: min(
-            (run["rows"][row]["validation"]["NLL"], run["settings"]["value"])
+            (run["rows"][row]["judged"]["NLL"], run["settings"]["value"])
             for run in tuned
             if run["settings"]["method"] == name and run["settings"]["stage"] == "tune"
         )[1]
@@ -159,6 +159,29 @@ def test_spectra_of_a_full_matrix_and_of_a_chain(script, shared, capsys):
     printed = capsys.readouterr().out
     assert printed.count("full Gauss-Newton matrix") == 2
     assert "sst2, NUTS, r = 1" in printed
+
+
+def test_values_are_chosen_by_the_mean_over_seeds_and_tasks_at_the_number_of_rows(script):
+    tables, methods = script("tables"), script("methods").METHODS
+
+    def run(value, task, seed, nll, rows, judged=True):
+        row = {"validation": {"NLL": -nll}} | ({"judged": {"NLL": nll}} if judged else {})
+        settings = {"stage": "tune", "task": task, "method": "LoRA", "value": value, "seed": seed, "rows": rows}
+        return {"settings": settings, "rows": {"point": row}}
+
+    # By its last seed or by one task alone the first value would win.
+    runs = [run(3e-4, "a", seed, nll, 100) for seed, nll in enumerate((0.9, 0.2))] + [run(3e-4, "b", 0, 0.6, 100)]
+    runs += [run(1e-3, "a", seed, nll, 100) for seed, nll in enumerate((0.4, 0.4))] + [run(1e-3, "b", 0, 0.6, 100)]
+    runs += [run(3e-3, "a", 0, 0.0, 100)]  # not made on every task
+    assert tables.chosen(runs, "LoRA", methods, 100) == 1e-3
+    assert tables.tuning(runs).loc[("LoRA", 3e-4), "a"] == pytest.approx(0.55)
+    more = [run(3e-4, task, 0, 0.1, 1000, judged=False) for task in "ab"]
+    more += [run(1e-3, task, 0, 0.3, 1000, judged=False) for task in "ab"]  # its validation NLL is the lower one
+    assert tables.chosen(runs + more, "LoRA", methods, 100) == 1e-3
+    assert tables.chosen([*more, run(1e-3, "a", 0, 0.3, 50)], "LoRA", methods, 1000) == 1e-3
+    assert tables.chosen(runs, "LoRA", methods, 1000) == 1e-3  # none made with as many rows
+    assert tables.chosen(runs, "BLoB-like", methods, 100) == methods["BLoB-like"].grid[1]
+    assert tables.chosen([], "LoRA", methods, 100) == methods["LoRA"].grid[1]
 
 
 def test_paired_differences_against_brute_force(script):

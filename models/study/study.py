@@ -3,10 +3,10 @@
 python models/study/study.py --data FOLDER --out out/study              all stages; goes on where it was cut off
 python models/study/study.py --data FOLDER --out out/study --small      one row of the table in minutes
 
-Three stages. "tune": every method's one setting, among three values, by validation NLL on the development tasks with
-seeds that no table has. "defaults": this library's configuration with one thing changed, by its NLL on further rows of
-the training split. "scores": every method with its tuned value on every task and seed, the test rows looked at for the
-first time.
+Three stages. "tune": every method's one setting, among three values, by its NLL on further rows of the training split
+(judged rows) of the development tasks, with seeds that no table has. "defaults": this library's configuration with one
+thing changed, likewise. "scores": every method with its tuned value on every task and seed, the test rows looked at for
+the first time.
 docs/study.md says what the methods are and how the rows are split.
 """
 
@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--development-seeds", type=int, nargs="+", default=[100], help="of tuning and defaults")
     parser.add_argument("--rows", type=int, default=300)
     parser.add_argument("--validation-rows", type=int, default=150)
-    parser.add_argument("--judged-rows", type=int, default=1000, help="that defaults are chosen on")
+    parser.add_argument("--judged-rows", type=int, default=1000, help="that settings and defaults are chosen on")
     parser.add_argument("--test-rows", type=int, default=300)
     parser.add_argument("--outside-rows", type=int, default=100, help="of another kind, and voted on")
     parser.add_argument("--max-length", type=int, default=64, help="tokens per row, longer ones are cut")
@@ -86,22 +86,22 @@ def planned(stage: str, args: argparse.Namespace, finished: Sequence[Mapping]) -
     shared = {name: getattr(args, name) for name in names}
     if stage == "scores":
         shared |= {name: getattr(args, name) for name in ("test_rows", "outside_rows", "draws")}
-        values = {name: chosen(finished, name, METHODS) for name in args.methods}
+        values = {name: chosen(finished, name, METHODS, args.rows) for name in args.methods}
         for seed in args.seeds:
             for task in args.tasks:
                 for name, value in values.items():
                     yield {"stage": stage, "task": task, "method": name, "value": value, "seed": seed} | shared
         return
+    shared |= {"judged_rows": args.judged_rows, "draws": args.draws}
+    if stage == "defaults":
+        tried = [(name, None) for name in args.variations]
+    else:
+        tuned = [name for name in args.methods if not METHODS[name].tuned_as]
+        tried = [(name, value) for name in tuned for value in METHODS[name].grid]
     for seed in args.development_seeds:
         for task in args.development:
-            if stage == "defaults":
-                for name in args.variations:
-                    run = {"stage": stage, "task": task, "method": name, "value": None, "seed": seed}
-                    yield run | shared | {"judged_rows": args.judged_rows, "draws": args.draws}
-                continue
-            for name in args.methods:
-                for value in () if METHODS[name].tuned_as else METHODS[name].grid:
-                    yield {"stage": stage, "task": task, "method": name, "value": value, "seed": seed} | shared
+            for name, value in tried:
+                yield {"stage": stage, "task": task, "method": name, "value": value, "seed": seed} | shared
 
 
 class Latest:
@@ -134,7 +134,7 @@ class Latest:
             rows[label] = {"validation": held.scores()}
             if with_test:
                 rows[label] |= scores(posterior, fits.problem, held, options)
-            elif settings["stage"] == "defaults":
+            elif fits.problem.test is not None:
                 found = lb.predict(posterior, fits.problem.test, seed=0, **options)
                 rows[label] |= {"judged": found.scores(), "losses": losses(found)}
         return rows | {"fit": about}

@@ -23,33 +23,39 @@ CURVES = (REFERENCE, "LoRA-XS", "Diagonal", "LowRank", OURS)  # whose history is
 _FIRST = ("draws", "linearised", "point")  # the row of a run that stands for its method
 
 
-def chosen(finished: Sequence[Mapping], name: str, methods: Mapping) -> float:
-    """The value of a method's setting with the lowest validation NLL, averaged over the development tasks run so far.
+def chosen(finished: Sequence[Mapping], name: str, methods: Mapping, rows: int) -> float:
+    """The value of a method's setting with the lowest NLL in `tuning`.
 
     Args:
         finished: runs.
         name: of the method.
         methods: by name.
+        rows: that it will be trained on. Runs tuned on as many count alone, if there are any of the method.
 
     Returns:
         The middle of the grid where nothing was tuned.
     """
     tuned, grid = methods[name].tuned_as or name, methods[name].grid
-    table = tuning(finished)
-    if table.empty or tuned not in table.index:
-        return grid[len(grid) // 2]
-    return float(table.loc[tuned].mean(axis=1).idxmin())
+    for runs in ([run for run in finished if run["settings"]["rows"] == rows], finished):
+        table = tuning(runs)
+        if tuned in table.index:
+            return float(table.loc[tuned].mean(axis=1).idxmin())
+    return grid[len(grid) // 2]
 
 
 def tuning(finished: Sequence[Mapping]) -> pd.DataFrame:
-    """Validation NLL by (method, value), a column per development task; values that lack a task are left out."""
-    rows = {}
+    """Mean NLL over seeds by (method, value), a column per development task; values that lack a task are left out.
+
+    On judged rows, or on validation rows in a run whose training split had no more.
+    """
+    found: dict[tuple[str, float], dict[str, list[float]]] = {}
     for run in _of(finished, "tune"):
-        at = run["settings"]
-        rows.setdefault((at["method"], at["value"]), {})[at["task"]] = _main(run)["validation"]["NLL"]
-    table = pd.DataFrame.from_dict(rows, orient="index").dropna()
-    table.index = pd.MultiIndex.from_tuples(table.index, names=["method", "value"])
-    return table
+        at, row = run["settings"], _main(run)
+        held = row.get("judged", row["validation"])
+        found.setdefault((at["method"], at["value"]), {}).setdefault(at["task"], []).append(held["NLL"])
+    rows = {key: {task: np.mean(each) for task, each in tasks.items()} for key, tasks in found.items()}
+    index = pd.MultiIndex.from_tuples(rows, names=["method", "value"])
+    return pd.DataFrame(list(rows.values()), index=index).dropna()
 
 
 def variations(finished: Sequence[Mapping]) -> pd.DataFrame:
@@ -64,9 +70,10 @@ def variations(finished: Sequence[Mapping]) -> pd.DataFrame:
     """
     found: dict[str, dict[str, dict[int, np.ndarray]]] = {}
     for run in _of(finished, "defaults"):
-        at = run["settings"]
-        losses = np.asarray(_main(run)["losses"]["NLL"])
-        found.setdefault(at["method"], {}).setdefault(at["task"], {})[at["seed"]] = losses
+        at, row = run["settings"], _main(run)
+        if "losses" in row:  # the training split had rows to judge by
+            losses = np.asarray(row["losses"]["NLL"])
+            found.setdefault(at["method"], {}).setdefault(at["task"], {})[at["seed"]] = losses
     rows = {}
     for name, tasks in found.items():
         rows[name] = {task: np.mean([losses.mean() for losses in seeds.values()]) for task, seeds in tasks.items()}
@@ -137,7 +144,7 @@ def _tables(finished: Sequence[Mapping], folder: Path, rows: int) -> Iterator[st
     """The blocks of tables.md and the figures, of runs with as many training rows."""
     tuned, varied, scored = tuning(finished), variations(finished), scores(finished)
     if len(tuned):
-        yield from ["## Tuned values: validation NLL on the development tasks", _wide(tuned)]
+        yield from ["## Tuned values: NLL on judged rows of the development tasks", _wide(tuned)]
     if len(varied):
         yield from ["## The default with one thing changed: NLL on judged rows", varied.round(3).to_markdown()]
     if len(scored):
@@ -316,7 +323,7 @@ def _wide(table: pd.DataFrame) -> str:
             (f"**{value:g}: {nll:.3f}**" if (method, value) == best else f"{value:g}: {nll:.3f}")
             for (_, value), nll in values.items()
         )
-    return pd.Series(rows, name="value: validation NLL").to_markdown()
+    return pd.Series(rows, name="value: NLL").to_markdown()
 
 
 def main() -> None:
