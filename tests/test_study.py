@@ -15,7 +15,8 @@ from conftest import tiny_reviews
 import pyro_lrblora as lb
 from pyro_lrblora.networks import MeanPoolClassifier, builtin_base
 
-MODELS = Path(__file__).parents[1] / "models"
+ROOT = Path(__file__).parents[1]
+MODELS = ROOT / "models"
 pytestmark = pytest.mark.filterwarnings("ignore::pyro_lrblora.ScalesNotConverged")
 TINY = ["--rows", "24", "--validation-rows", "16", "--test-rows", "24", "--outside-rows", "12", "--epochs", "1",
         "--max-length", "24", "--draws", "2", "--frozen-layers", "5", "--seeds", "0",
@@ -145,9 +146,11 @@ def test_a_study_from_tuning_to_tables_that_goes_on(script, shared, tmp_path, ca
     assert "1/2 scores sst2 LoRA" in capsys.readouterr().out
     more = [run | {"settings": run["settings"] | {"rows": 48}} for run in scored]
     script("tables").write_tables([*lines(tmp_path), *more], tmp_path)
-    first, second = (tmp_path / "tables.md").read_text().split("# 48 training rows")
-    assert first == tables + "\n"  # rows of another setting change nothing there
-    assert "## Tuned values" not in second
+    both = (tmp_path / "tables.md").read_text()
+    ours = tables[tables.index("## 24 training rows") :]
+    assert both.endswith(ours)  # rows of another setting change nothing there
+    assert "### Tuned values" in ours
+    assert "### Tuned values" not in both.removesuffix(ours)
     assert (tmp_path / "nll_48.svg").exists()
 
 
@@ -159,6 +162,17 @@ def test_spectra_of_a_full_matrix_and_of_a_chain(script, shared, capsys):
     printed = capsys.readouterr().out
     assert printed.count("full Gauss-Newton matrix") == 2
     assert "sst2, NUTS, r = 1" in printed
+
+
+def test_the_documented_tables_are_those_of_the_lines(script, tmp_path):
+    results = ROOT / "docs" / "results"
+    runs = [json.loads(line) for line in (results / "study.jsonl").read_text().splitlines()]
+    script("tables").write_tables(runs, tmp_path)
+    tables = (tmp_path / "tables.md").read_text()
+    assert (results / "study" / "tables.md").read_text() == tables
+    shown = [line for line in (results / "study.md").read_text().splitlines() if line.startswith("|")]
+    assert shown
+    assert set(shown) <= set(tables.splitlines())
 
 
 def test_values_are_chosen_by_the_mean_over_seeds_and_tasks_at_the_number_of_rows(script):

@@ -1,6 +1,6 @@
 """The study's tables and figures, from its lines alone.
 
-python models/study/tables.py docs/results/study.jsonl --out out/study
+python models/study/tables.py docs/results/study.jsonl --out docs/results/study
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from matplotlib import pyplot as plt  # noqa: E402
 OURS = "LowRankPrecision"
 REFERENCE = "LoRA"
 CURVES = (REFERENCE, "LoRA-XS", "Diagonal", "LowRank", OURS)  # whose history is one fit, of what the row shows
+_COUNTS = ("parameters", "head", "CPU seconds", "steps", "fits", "seeds")
 _FIRST = ("draws", "linearised", "point")  # the row of a run that stands for its method
 
 
@@ -133,30 +134,36 @@ def paired(
 def write_tables(finished: Sequence[Mapping], folder: Path) -> None:
     """Write tables.md and the figures below a folder, those of every number of training rows apart."""
     folder.mkdir(parents=True, exist_ok=True)
-    parts = []
-    for rows in sorted({run["settings"]["rows"] for run in finished}):
+    parts = ["# The study's tables", "Written by `models/study/tables.py` from the lines of the runs."]
+    for rows in sorted({run["settings"]["rows"] for run in finished}, reverse=True):
         alike = [run for run in finished if run["settings"]["rows"] == rows]
-        parts += [f"# {rows} training rows", *_tables(alike, folder, rows)]
+        parts += [f"## {rows:,} training rows", *_tables(alike, folder, rows)]
     (folder / "tables.md").write_text("\n\n".join(parts) + "\n")
 
 
 def _tables(finished: Sequence[Mapping], folder: Path, rows: int) -> Iterator[str]:
     """The blocks of tables.md and the figures, of runs with as many training rows."""
     tuned, varied, scored = tuning(finished), variations(finished), scores(finished)
-    if len(tuned):
-        yield from ["## Tuned values: NLL on judged rows of the development tasks", _wide(tuned)]
-    if len(varied):
-        yield from ["## The default with one thing changed: NLL on judged rows", varied.round(3).to_markdown()]
     if len(scored):
-        yield from ["## Averages over tasks", averages(scored).to_markdown()]
-        for task in scored["task"].unique():
-            yield from [f"## {task}", by_method(scored[scored["task"] == task]).to_markdown()]
-        for ours in [name for name in (OURS, "Diagonal") if name in set(scored["method"])]:
-            table = differences(finished, scored, ours).fillna("")
-            yield from [f"## Paired differences of {ours}", table.to_markdown()]
-        yield from ["## Steps to LoRA's best validation NLL", convergence(finished).to_markdown()]
         dots(scored, folder / f"nll_{rows}.svg")
         curves(finished, folder / f"curves_{rows}.svg")
+        yield from ["### Averages over tasks", "Over seeds, then tasks, of the methods that have every run."]
+        yield from [_markdown(averages(scored)), f"![Test NLL by method and task](nll_{rows}.svg)"]
+        yield "A dot per seed, hollow after temperature scaling on validation rows, a bar at the mean."
+        yield from ["### Paired differences", "The first minus the second, ± the standard error over rows and seeds."]
+        for ours in [name for name in (OURS, "Diagonal") if name in set(scored["method"])]:
+            yield _markdown(differences(finished, scored, ours))
+        for task in scored["task"].unique():
+            yield from [f"### {task}", "Means over seeds; the NLL ± its standard deviation over them."]
+            yield _markdown(by_method(scored[scored["task"] == task]))
+        yield from ["### Speed of convergence", "Median steps until the validation NLL is at LoRA's best of that fit."]
+        yield from [_markdown(convergence(finished)), f"![Validation NLL by steps](curves_{rows}.svg)"]
+    if len(tuned):
+        yield from ["### Tuned values", "Mean NLL over the development tasks at each value; the value taken in bold."]
+        yield _wide(tuned)
+    if len(varied):
+        yield from ["### The default with one thing changed", "NLL on judged rows of the development tasks."]
+        yield _markdown(varied)
 
 
 def averages(scored: pd.DataFrame) -> pd.DataFrame:
@@ -170,7 +177,7 @@ def averages(scored: pd.DataFrame) -> pd.DataFrame:
         table.insert(5, "ECE / LoRA's", table["ECE (15 bins)"] / table.loc[REFERENCE, "ECE (15 bins)"])
     # Over seeds within a task, averaged over tasks: what "more stable" is about.
     table["NLL s.d. over seeds"] = by_task["NLL"].std().groupby("method", sort=False).mean()
-    return table.round(3)
+    return table
 
 
 def by_method(scored: pd.DataFrame) -> pd.DataFrame:
@@ -179,7 +186,7 @@ def by_method(scored: pd.DataFrame) -> pd.DataFrame:
     columns += ["votes: JS", "T", "NLL at T", "ECE (15 bins) at T", "votes, tempered: KL", "parameters", "head"]
     columns = [name for name in [*columns, "CPU seconds"] if name in scored and scored[name].notna().any()]
     groups = scored.groupby(["method", "prediction"], sort=False)
-    table, spread = groups[columns].mean().round(3), groups["NLL"].std()
+    table, spread = groups[columns].mean(), groups["NLL"].std()
     table["NLL"] = [
         f"{mean:.3f}" + ("" if np.isnan(sd) else f" ± {sd:.3f}") for mean, sd in zip(table["NLL"], spread, strict=True)
     ]
@@ -323,7 +330,15 @@ def _wide(table: pd.DataFrame) -> str:
             (f"**{value:g}: {nll:.3f}**" if (method, value) == best else f"{value:g}: {nll:.3f}")
             for (_, value), nll in values.items()
         )
-    return pd.Series(rows, name="value: NLL").to_markdown()
+    return pd.Series(rows, name="value: NLL").to_markdown(stralign="right")
+
+
+def _markdown(table: pd.DataFrame) -> str:
+    """Numbers of things without decimals, other numbers with three, nothing where there is none."""
+    decimals = {name: 0 if name in _COUNTS else 3 for name in table}
+    cell = lambda value, places: value if isinstance(value, str) else "" if pd.isna(value) else f"{value:,.{places}f}"
+    cells = table.apply(lambda column: [cell(value, decimals[column.name]) for value in column])
+    return cells.to_markdown(disable_numparse=True, colalign=("left", *["right"] * len(table.columns)))
 
 
 def main() -> None:
