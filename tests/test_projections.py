@@ -92,15 +92,29 @@ def test_svd_spans_the_leading_singular_vectors(m, n, seed):
         torch.testing.assert_close(basis.B @ basis.B.T @ weight @ basis.A.T @ basis.A, best, atol=1e-3, rtol=0)
 
 
-@pytest.mark.parametrize("true_rank", [0, 2, 9])
-def test_svd_of_a_weight_of_lower_rank_is_still_orthonormal(true_rank):
-    weight = torch.randn(120, true_rank) @ torch.randn(true_rank, 100)
+EYE_OF_3 = torch.diag_embed(torch.cat([torch.ones(3), torch.zeros(97)]))  # in exact arithmetic: no rounding errors
+
+
+@pytest.mark.parametrize("weight", [0, 2, 9, EYE_OF_3], ids=["0", "2", "9", "eye of 3"])
+def test_svd_of_a_weight_of_lower_rank_is_still_orthonormal(weight):
+    if isinstance(weight, int):
+        weight = torch.randn(120, weight) @ torch.randn(weight, 100)
     basis = P.SVD()(weight, 8, {}, torch.Generator().manual_seed(0))
     for columns in (basis.B, basis.A.T):
         torch.testing.assert_close(columns.T @ columns, torch.eye(8), atol=1e-5, rtol=0)
     kept = basis.B @ basis.B.T @ weight @ basis.A.T @ basis.A
     left = torch.linalg.svdvals(weight)[8:].norm()
     torch.testing.assert_close((weight - kept).norm(), left, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("true_rank", [2, 9, 100])
+def test_svd_factorises_only_what_its_blocks_span(true_rank, monkeypatch):
+    weight = torch.randn(120, true_rank) @ torch.randn(true_rank, 100)
+    whole, factorised = torch.linalg.svd, []
+    recorded = lambda matrix, **options: factorised.append(min(matrix.shape)) or whole(matrix, **options)
+    monkeypatch.setattr(torch.linalg, "svd", recorded)
+    P.SVD()(weight, 8, {}, torch.Generator().manual_seed(0))
+    assert factorised == [40]
 
 
 def test_svd_keeps_what_noise_hides():
