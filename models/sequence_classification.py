@@ -35,6 +35,9 @@ def load_splits(
 ):
     """Train, validation and test rows of what `read_splits` reads, no row in two of them.
 
+    Where no other split has labels, the test rows are taken from the one that is trained on, the same for every seed and
+    at most half of it.
+
     Args:
         source: as for `read_splits`.
         rows, validation, test: at most so many of each.
@@ -44,10 +47,14 @@ def load_splits(
     splits = read_splits(source)
     by_prefix = lambda *words: next((splits[n] for w in words for n in splits if n.startswith(w)), None)
     trained_on = next((name for name in splits if name.startswith("train")), next(iter(splits)))
-    everything = splits.pop(trained_on).shuffle(seed=seed)
+    everything = splits.pop(trained_on)
     held = by_prefix(*held_out)
     if held is None or _unlabelled(held):
-        held = by_prefix("validation") or everything.select(range(len(everything) - test, len(everything)))
+        held = by_prefix("validation")
+    if held is None:
+        mixed, count = everything.shuffle(seed=0), min(test, len(everything) // 2)
+        held, everything = mixed.select(range(count)), mixed.select(range(count, len(mixed)))
+    everything = everything.shuffle(seed=seed)
     # datasets refuses an empty range that begins at the end.
     pick = lambda start, count: everything.select(range(start, min(start + count, len(everything))) or [])
     return pick(0, rows), pick(rows, validation), held.select(range(min(test, len(held))))

@@ -22,7 +22,7 @@ from .head import FixedHead
 from .model import BayesianLoRA
 from .posterior import Posterior, local_parameters
 
-_FORMAT = "pyro_lrblora posterior, version 2"
+_FORMAT = "pyro_lrblora posterior, version 3"
 FILES = ("posterior.json", "posterior.safetensors")
 _PROBES = 16  # values kept of every base parameter, to recognise the base
 
@@ -94,17 +94,28 @@ def load(folder, network: nn.Module, *, tokenizer=None, prior=None, likelihood=N
         }
         spec = _restore(card["guide"], guides, guide, "guide")
         shapes = {name: tuple(shape) for name, shape in card["modules"].items()}
-        options = {name: card[name] for name in ("head_modules", "head_scale", "size")}
-        class_names, history, settings = card["class_names"], card["history"], card["settings"]
-        names, head = card["base"], card["head"]
+        options = {
+            "head_modules": _typed(card, "head_modules", list, None),
+            "head_scale": _typed(card, "head_scale", float, int, None),
+            "size": _typed(card, "size", int, None),
+        }
+        class_names = _typed(card, "class_names", list, None)
+        history, settings = _typed(card, "history", list), _typed(card, "settings", dict)
+        names, head, base = _typed(card, "base", list), card["head"], tensors["base"]
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"expected a posterior in {folder}, got one with a missing or strange entry: {error!r}"
         ) from error
-    _check_base(network, set(part("head.")), names, tensors["base"])
+    _check_base(network, set(part("head.")), names, base)
     model = BayesianLoRA(network, **specs, **options, tokenizer=tokenizer)
     model._class_names = class_names
-    model._adapted = model.adapter.restore(part("adapter."), shapes)
+    here = {name: tuple(weight_shape(module)) for name, module in model.modules.items()}
+    if shapes != here:
+        raise ValueError(f"expected a posterior of the modules {here}, got one of {shapes} in {folder}")
+    try:
+        model._adapted = model.adapter.restore(part("adapter."), shapes)
+    except (KeyError, ValueError) as error:
+        raise ValueError(f"expected A and B of every module in {folder}, got others: {error!r}") from error
     # In the network's order, which is the order draws are made in; the file's is alphabetical.
     saved = part("head.")
     values = {name: saved[name] for name in model.head_start}
@@ -115,10 +126,10 @@ def load(folder, network: nn.Module, *, tokenizer=None, prior=None, likelihood=N
                 "the posterior's num_labels"
             )
     model._set_head(FixedHead(values) if head in ("fixed", "frozen") else head, values)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        fitted = build_guide(spec, model)
     try:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            fitted = build_guide(spec, model)
         fitted.load_state_dict(part("guide."))
         if model.learned_scale is not None:
             model.learned_scale.load_state_dict(part("prior."))
@@ -145,6 +156,14 @@ def _read(folder: Path) -> tuple[dict, dict[str, Tensor]]:
     return card, load_file(folder / FILES[1])
 
 
+def _typed(card: dict, name: str, *types: type | None):
+    """An entry of one of these types."""
+    value = card[name]
+    if not any(value is None if each is None else isinstance(value, each) for each in types):
+        raise TypeError(f"{name!r} is {str(value)[:80]!r}")
+    return value
+
+
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -156,7 +175,8 @@ def _base_probe(network: nn.Module, head: set[str]) -> tuple[list[str], Tensor]:
     for name, parameter in stored_parameters(network):
         if name not in head:
             flat = parameter.flatten()
-            places = torch.linspace(0, len(flat) - 1, _PROBES, device=flat.device).long()
+            # In integers: a float32 cannot tell the last places of an embedding from its length.
+            places = torch.arange(_PROBES, device=flat.device) * (len(flat) - 1) // (_PROBES - 1)
             rows[name] = flat[places].float().cpu()
     return list(rows), torch.stack(list(rows.values()))
 

@@ -1,5 +1,6 @@
 """Draws, densities, files and predictions of posteriors."""
 
+import hashlib
 import json
 import math
 import shutil
@@ -16,7 +17,9 @@ from pyro.infer.autoguide import (
     AutoMultivariateNormal,
     AutoNormal,
 )
+from safetensors.torch import load_file, save_file
 from test_model import GUIDES, PRIORS, users_prior
+from transformers import BertConfig, BertForSequenceClassification
 
 import pyro_lrblora as lb
 
@@ -253,6 +256,22 @@ def test_settings_of_numpy_are_saved(tmp_path):
     assert again.settings["clip"] == 1
 
 
+def test_a_base_with_a_vocabulary_of_ordinary_size_is_saved(tmp_path):
+    """Its embedding has more than 2^24 entries, whose places a float32 cannot count."""
+    config = BertConfig(
+        vocab_size=30522, hidden_size=768, num_hidden_layers=1, num_attention_heads=12, intermediate_size=8
+    )
+    network = BertForSequenceClassification(config)
+    posterior = lb.fit(lb.BayesianLoRA(network, lb.LoRAXS(2)), token_batches(classes=2), steps=1, progress=False)
+    posterior.save(tmp_path)
+    again = lb.Posterior.load(tmp_path, network)
+    assert torch.equal(again.mean()["R"], posterior.mean()["R"])
+    with torch.no_grad():
+        network.bert.embeddings.word_embeddings.weight[-1, -1] += 100  # the last place is looked at
+    with pytest.raises(ValueError, match="other weights in 1 of"):
+        lb.Posterior.load(tmp_path, network)
+
+
 def test_another_base_is_refused(tmp_path):
     fit(lb.guides.Diagonal()).save(tmp_path)
     with pytest.raises(ValueError, match="got other weights in .* such as"):
@@ -279,6 +298,24 @@ def truncate(folder):
     path.write_bytes(path.read_bytes()[:-100])
 
 
+def spoil_tensors(change):
+    """A change that whoever writes both files can make: the hash is that of the changed tensors."""
+
+    def spoil(folder):
+        tensors = load_file(folder / "posterior.safetensors")
+        change(tensors)
+        save_file(tensors, folder / "posterior.safetensors")
+        found = hashlib.sha256((folder / "posterior.safetensors").read_bytes()).hexdigest()
+        spoil_json(lambda card: card.update(sha256=found))(folder)
+
+    return spoil
+
+
+def narrow(tensors):
+    name = next(name for name in tensors if name.endswith("query.A"))
+    tensors[name] = tensors[name][:, :-1].contiguous()
+
+
 SPOILED = {
     "no json": lambda folder: (folder / "posterior.json").unlink(),
     "no tensors": lambda folder: (folder / "posterior.safetensors").unlink(),
@@ -290,6 +327,16 @@ SPOILED = {
     "other guide": spoil_json(lambda card: card.update(guide={"type": "LowRank", "fields": {"rank": 5}})),
     "unknown type": spoil_json(lambda card: card["prior"].update(type="__import__")),
     "unknown autoguide": spoil_json(lambda card: card.update(guide={"autoguide": "os"})),
+    "other modules": spoil_json(lambda card: card["modules"].update({"bert.other": [16, 16]})),
+    "other shapes": spoil_json(lambda card: card["modules"].update(dict.fromkeys(card["modules"], [10**7, 10**7]))),
+    "huge guide": spoil_json(lambda card: card.update(guide={"type": "LowRank", "fields": {"rank": 10**12}})),
+    "number for names": spoil_json(lambda card: card.update(class_names=5)),
+    "word for a number": spoil_json(lambda card: card.update(size="many")),
+    "list for settings": spoil_json(lambda card: card.update(settings=[])),
+    "no base": spoil_tensors(lambda tensors: tensors.pop("base")),
+    "no head": spoil_tensors(lambda tensors: tensors.pop("head.classifier.weight")),
+    "narrow A": spoil_tensors(narrow),
+    "no A": spoil_tensors(lambda tensors: tensors.pop(next(name for name in tensors if name.endswith("query.A")))),
     "unknown field": spoil_json(lambda card: card["prior"]["fields"].update(scalee=1)),
 }
 

@@ -94,6 +94,21 @@ def test_a_test_split_whose_answers_are_kept_back_is_not_tested_on(script, tmp_p
     assert set(script("sequence_classification").load_splits(str(tmp_path), 2, 1, 9, 0)[2]["answerKey"]) == {"B"}
 
 
+@pytest.mark.parametrize(("names", "sizes"), [(["train"], (1000, 300, 50)), (["train", "test"], (60, 10, 50))])
+def test_rows_of_the_only_split_with_labels_are_trained_on_or_tested_on(script, tmp_path, names, sizes):
+    for name in names:
+        rows = [{"text": f"{name} {n}", "label": n % 2 if name == "train" else -1} for n in range(100)]
+        datasets.Dataset.from_list(rows).to_parquet(str(tmp_path / f"{name}.parquet"))
+    load = script("sequence_classification").load_splits
+    splits = [[set(rows["text"]) for rows in load(str(tmp_path), *sizes, seed)] for seed in (0, 1)]
+    for train, validation, test in splits:
+        assert len(test) == 50
+        assert len(train) == min(sizes[0], 50)
+        assert not train & test | validation & test | train & validation
+    assert splits[0][2] == splits[1][2]
+    assert splits[0][1] != splits[1][1] or not splits[0][1]
+
+
 # --- processes
 
 

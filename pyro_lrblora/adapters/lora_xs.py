@@ -87,8 +87,18 @@ class LoRAXS:
 
     @staticmethod
     def restore(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, int]]) -> BoundLoRAXS:
-        """The adapter from what BoundLoRAXS.tensors returned."""
-        return BoundLoRAXS({name: Basis(tensors[f"{name}.A"], tensors[f"{name}.B"]) for name in shapes})
+        """The adapter from what BoundLoRAXS.tensors returned.
+
+        Raises:
+            KeyError: a factor is missing.
+            ValueError: factors that do not fit the modules' weights.
+        """
+        bases = {name: Basis(tensors[f"{name}.A"], tensors[f"{name}.B"]) for name in shapes}
+        for name, (m, n) in shapes.items():
+            a, b = tuple(bases[name].A.shape), tuple(bases[name].B.shape)
+            if a[1:] != (n,) or b != (m, a[0]):
+                raise ValueError(f"expected A (r, {n}) and B ({m}, r) of {name!r}, got {a} and {b}")
+        return BoundLoRAXS(bases)
 
 
 class BoundLoRAXS:
