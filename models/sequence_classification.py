@@ -35,8 +35,8 @@ def load_splits(
 ):
     """Train, validation and test rows of what `read_splits` reads, no row in two of them.
 
-    Where no other split has labels, the test rows are taken from the one that is trained on, the same for every seed and
-    at most half of it.
+    Where no other split has labels, the test rows are taken from the one that is trained on: the same for every seed,
+    and at most half of it.
 
     Args:
         source: as for `read_splits`.

@@ -21,6 +21,7 @@ OURS = "LowRankPrecision"
 REFERENCE = "LoRA"
 CURVES = (REFERENCE, "LoRA-XS", "Diagonal", "LowRank", OURS)  # whose history is one fit, of what the row shows
 _COUNTS = ("parameters", "head", "CPU seconds", "steps", "fits", "seeds")
+_SHARED = ("rows", "base", "frozen_layers", "validation_rows", "max_length", "batch_size", "epochs")
 _FIRST = ("draws", "linearised", "point")  # the row of a run that stands for its method
 
 
@@ -60,14 +61,13 @@ def tuning(finished: Sequence[Mapping]) -> pd.DataFrame:
 
 
 def variations(finished: Sequence[Mapping]) -> pd.DataFrame:
-    """NLL on the judged rows, by task, of the default with one thing changed, and how far it is above the default.
+    """How far the default with one thing changed is above the default, in NLL on judged rows.
 
     Args:
         finished: runs, with the losses of their rows.
 
     Returns:
-        Columns by task, the mean over seeds; "mean - default" and "SE" over the tasks and seeds both have; "seeds",
-        the fewest of a task.
+        A column per task and "all tasks" with its "SE", over the seeds both have; "seeds", the fewest of a task.
     """
     found: dict[str, dict[str, dict[int, np.ndarray]]] = {}
     for run in _of(finished, "defaults"):
@@ -75,13 +75,13 @@ def variations(finished: Sequence[Mapping]) -> pd.DataFrame:
         if "losses" in row:  # the training split had rows to judge by
             losses = np.asarray(row["losses"]["NLL"])
             found.setdefault(at["method"], {}).setdefault(at["task"], {})[at["seed"]] = losses
-    rows = {}
+    default, rows = found.pop("default", {}), {}
     for name, tasks in found.items():
-        rows[name] = {task: np.mean([losses.mean() for losses in seeds.values()]) for task, seeds in tasks.items()}
-        against = [_difference(seeds, found.get("default", {}).get(task, {})) for task, seeds in tasks.items()]
-        if all(against):
-            mean = _mean(against)
-            rows[name] |= {"mean - default": mean["difference"], "SE": mean["SE"], "seeds": mean["seeds"]}
+        against = {task: _difference(seeds, default.get(task, {}), False) for task, seeds in tasks.items()}
+        if all(against.values()):
+            mean = _mean(list(against.values()))
+            rows[name] = {task: each["difference"] for task, each in against.items()}
+            rows[name] |= {"all tasks": mean["difference"], "SE": mean["SE"], "seeds": mean["seeds"]}
     return pd.DataFrame.from_dict(rows, orient="index")
 
 
@@ -132,37 +132,45 @@ def paired(
 
 
 def write_tables(finished: Sequence[Mapping], folder: Path) -> None:
-    """Write tables.md and the figures below a folder, those of every number of training rows apart."""
+    """Write tables.md and the figures below a folder, those of runs that differ in more than their stage apart.
+
+    Of several runs of one method, task and seed the last stands: it has the value that was tuned last.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     parts = ["# The study's tables", "Written by `models/study/tables.py` from the lines of the runs."]
-    for rows in sorted({run["settings"]["rows"] for run in finished}, reverse=True):
-        alike = [run for run in finished if run["settings"]["rows"] == rows]
-        parts += [f"## {rows:,} training rows", *_tables(alike, folder, rows)]
-    (folder / "tables.md").write_text("\n\n".join(parts) + "\n")
+    shared = lambda run: tuple(run["settings"].get(name) for name in _SHARED)
+    groups = sorted({shared(run) for run in finished}, key=lambda group: (-group[0], *map(str, group)))
+    varying = [place for place in range(1, len(_SHARED)) if len({group[place] for group in groups}) > 1]
+    for group in groups:
+        others = [f"{_SHARED[place]} {group[place]}" for place in varying]
+        name = "_".join(str(group[place]).rpartition("/")[2] for place in (0, *varying))
+        parts.append("## " + ", ".join([f"{group[0]:,} training rows", *others]))
+        parts += _tables(_latest([run for run in finished if shared(run) == group]), folder, name)
+    (folder / "tables.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
 
-def _tables(finished: Sequence[Mapping], folder: Path, rows: int) -> Iterator[str]:
-    """The blocks of tables.md and the figures, of runs with as many training rows."""
+def _tables(finished: Sequence[Mapping], folder: Path, name: str) -> Iterator[str]:
+    """The blocks of tables.md and the figures, of runs that share their settings."""
     tuned, varied, scored = tuning(finished), variations(finished), scores(finished)
     if len(scored):
-        dots(scored, folder / f"nll_{rows}.svg")
-        curves(finished, folder / f"curves_{rows}.svg")
+        dots(scored, folder / f"nll_{name}.svg")
+        curves(finished, folder / f"curves_{name}.svg")
         yield from ["### Averages over tasks", "Over seeds, then tasks, of the methods that have every run."]
-        yield from [_markdown(averages(scored)), f"![Test NLL by method and task](nll_{rows}.svg)"]
+        yield from [_markdown(averages(scored)), f"![Test NLL by method and task](nll_{name}.svg)"]
         yield "A dot per seed, hollow after temperature scaling on validation rows, a bar at the mean."
         yield from ["### Paired differences", "The first minus the second, ± the standard error over rows and seeds."]
-        for ours in [name for name in (OURS, "Diagonal") if name in set(scored["method"])]:
+        for ours in [method for method in (OURS, "Diagonal") if method in set(scored["method"])]:
             yield _markdown(differences(finished, scored, ours))
         for task in scored["task"].unique():
             yield from [f"### {task}", "Means over seeds; the NLL ± its standard deviation over them."]
             yield _markdown(by_method(scored[scored["task"] == task]))
-        yield from ["### Speed of convergence", "Median steps until the validation NLL is at LoRA's best of that fit."]
-        yield from [_markdown(convergence(finished)), f"![Validation NLL by steps](curves_{rows}.svg)"]
+        yield from ["### Speed of convergence", "Median steps until the validation NLL is LoRA's best."]
+        yield from [_markdown(convergence(finished)), f"![Validation NLL by steps](curves_{name}.svg)"]
     if len(tuned):
         yield from ["### Tuned values", "Mean NLL over the development tasks at each value; the value taken in bold."]
         yield _wide(tuned)
     if len(varied):
-        yield from ["### The default with one thing changed", "NLL on judged rows of the development tasks."]
+        yield from ["### The default with one thing changed", "Its NLL on judged rows minus the default's."]
         yield _markdown(varied)
 
 
@@ -209,7 +217,10 @@ def differences(finished: Sequence[Mapping], scored: pd.DataFrame, ours: str = O
 
 
 def convergence(finished: Sequence[Mapping]) -> pd.DataFrame:
-    """Median steps until the validation NLL is at LoRA's best of that task and seed, and the share that got there."""
+    """Median steps until the validation NLL is at LoRA's best of that task and seed, and the share that got there.
+
+    A fit that did not get there counts as later than any.
+    """
     curves_of = {}
     for run in _of(finished, "scores"):
         at, curve = run["settings"], run["rows"]["fit"]["curve"]
@@ -221,9 +232,7 @@ def convergence(finished: Sequence[Mapping]) -> pd.DataFrame:
         if reference is None:
             continue
         reached = curve[curve[:, 1] <= reference[:, 1].min() + 1e-9, 0]
-        rows.append(
-            {"method": method, "steps": reached[:1].mean() if len(reached) else np.nan, "reached": len(reached) > 0}
-        )
+        rows.append({"method": method, "steps": reached[0] if len(reached) else np.inf, "reached": len(reached) > 0})
     groups = pd.DataFrame(rows, columns=["method", "steps", "reached"]).groupby("method", sort=False)
     return groups["steps"].median().to_frame().join(groups["reached"].mean()).join(groups.size().rename("fits"))
 
@@ -275,19 +284,31 @@ def _saved(figure, path: Path) -> None:
     plt.close(figure)
 
 
-def _difference(ours: Mapping[int, np.ndarray], other: Mapping[int, np.ndarray]) -> dict[str, float]:
+def _difference(ours: Mapping[int, np.ndarray], other: Mapping[int, np.ndarray], same_rows: bool = True) -> dict:
     """Mean difference of losses by seed (N,), over the seeds that both have; nothing where they have none.
 
-    The variance is that of the mean over rows (of differences averaged over seeds) plus that of the mean over seeds.
+    A difference is taken to be a mean, an effect of the row, one of the seed and a residual. The variance of the mean
+    over rows holds the residual's, and so does that over seeds, so it is subtracted once (crossed random effects).
+    Where every seed has rows of its own, the spread of the seeds is all there is, but not below that of the rows.
+
+    Args:
+        same_rows: whether a row is the same for every seed.
     """
     seeds = sorted(set(ours) & set(other))
     if not seeds:
         return {}
     differences = np.stack([ours[seed] - other[seed] for seed in seeds])  # (seeds, N)
-    variance = differences.mean(0).var(ddof=1) / differences.shape[1]
-    if len(seeds) > 1:
-        variance += differences.mean(1).var(ddof=1) / len(seeds)
-    return {"difference": differences.mean(), "SE": variance**0.5, "seeds": len(seeds)}
+    mean, count = differences.mean(), len(seeds)
+    over_seeds = differences.mean(1).var(ddof=1) / count if count > 1 else 0.0
+    if same_rows:
+        over_rows = differences.mean(0).var(ddof=1) / differences.shape[1]
+        residual = differences - differences.mean(0) - differences.mean(1, keepdims=True) + mean
+        freedom = max(1, (count - 1) * (differences.shape[1] - 1))
+        twice = np.square(residual).sum() / freedom / differences.size
+        variance = max(over_rows + over_seeds - twice, over_rows, over_seeds)
+    else:
+        variance = max(over_seeds, differences.var(1, ddof=1).mean() / differences.size)
+    return {"difference": mean, "SE": variance**0.5, "seeds": count}
 
 
 def _mean(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
@@ -297,6 +318,12 @@ def _mean(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
         "SE": np.sum([row["SE"] ** 2 for row in rows]) ** 0.5 / len(rows),
         "seeds": min(row["seeds"] for row in rows),
     }
+
+
+def _latest(finished: Sequence[Mapping]) -> list[Mapping]:
+    """The last run of every stage, task, method and seed, and of tuning of every value."""
+    key = lambda at: (at["stage"], at["task"], at["method"], at["seed"], at["value"] if at["stage"] == "tune" else None)
+    return list({key(run["settings"]): run for run in finished}.values())
 
 
 def _of(finished: Sequence[Mapping], stage: str) -> list[Mapping]:
@@ -336,7 +363,12 @@ def _wide(table: pd.DataFrame) -> str:
 def _markdown(table: pd.DataFrame) -> str:
     """Numbers of things without decimals, other numbers with three, nothing where there is none."""
     decimals = {name: 0 if name in _COUNTS else 3 for name in table}
-    cell = lambda value, places: value if isinstance(value, str) else "" if pd.isna(value) else f"{value:,.{places}f}"
+
+    def cell(value, places):
+        if isinstance(value, str):
+            return value
+        return "" if pd.isna(value) else "never" if np.isinf(value) else f"{value:,.{places}f}"
+
     cells = table.apply(lambda column: [cell(value, decimals[column.name]) for value in column])
     return cells.to_markdown(disable_numparse=True, colalign=("left", *["right"] * len(table.columns)))
 
