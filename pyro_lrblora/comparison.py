@@ -10,7 +10,7 @@ import pandas as pd
 from . import metrics
 from .adapters.lora import lora_parameters
 from .adapters.targets import weight_shape
-from .data import as_batches
+from .data import as_batches, in_one_order
 from .evidence import check_fitted_rows, importance, psis_loo, why_no_density
 from .guides.draws import DrawsGuide
 from .guides.ensemble import EnsembleGuide
@@ -181,7 +181,7 @@ def _checked(posteriors: Mapping[str, Posterior], given: Mapping, tokenizer) -> 
         raise ValueError(
             f"expected names that do not end in ', mean', ', linearised' or ', temperature' as rows do, got {taken}"
         )
-    shared, data = {}, {}
+    shared, data, given = {}, {}, {role: in_one_order(rows) for role, rows in given.items()}
     for name, posterior in posteriors.items():
         tok = tokenizer or posterior.model.tokenizer
         if id(tok) not in shared:

@@ -218,9 +218,7 @@ def _token_rows(prompts, tokenizer, ended: bool) -> list[list[int]]:
     if prompts and tokenizer is None:
         raise ValueError("expected a tokenizer for texts; give tokenizer= to the model or to this call, or token ids")
     rows = [tokenizer(prompt)["input_ids"] for prompt in prompts]
-    if rows and not ended and len(rows[0]) > 1 and rows[0][-1] == tokenizer.eos_token_id:
-        rows = [ids[:-1] for ids in rows]
-    return rows
+    return rows if ended else [ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids for ids in rows]
 
 
 def _check_room(network, prompt: int, new: int) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import numpy as np
 import torch
-from scipy import special
+from scipy import optimize, special
 from torch import Tensor
 
 Array = np.ndarray | Tensor
@@ -60,7 +61,7 @@ def crps_of_normals(loc: Array, scale: Array, labels: Array) -> np.ndarray:
 
     Source: Grimit et al. 2006 (doi 10.1256/qj.05.235), equation 5.
     """
-    loc, scale, labels = (np.asarray(value, dtype=float) for value in (loc, scale, labels))
+    loc, scale, labels = (_array(value, float) for value in (loc, scale, labels))
     if loc.shape != scale.shape or loc.ndim != 2 or labels.shape != loc.shape[1:]:
         raise ValueError(
             f"expected loc and scale (S, N) and labels (N,), got {loc.shape}, {scale.shape}, {labels.shape}"
@@ -98,7 +99,7 @@ def selective_risk(probs: Array, labels: Array, confidence: Array | None = None)
         ValueError: a confidence that is not finite or not one number per row.
     """
     probs, labels = _check(probs, labels)
-    confidence = probs.max(-1) if confidence is None else np.asarray(confidence, dtype=float)
+    confidence = probs.max(-1) if confidence is None else _array(confidence, float)
     if confidence.shape != labels.shape or not np.isfinite(confidence).all():
         raise ValueError(f"expected confidence (N,) of finite numbers, N={len(labels)}, got {confidence.shape}")
     wrong = (probs.argmax(-1) != labels).astype(float)
@@ -161,7 +162,7 @@ def false_positive_rate(scores: Array, positive: Array, recall: float = 0.95) ->
 
 def standard_error(values: Array) -> float:
     """Of the mean of independent values (N,); NaN of one alone."""
-    values = np.asarray(values, dtype=float)
+    values = _array(values, float)
     return float(values.std(ddof=1) / len(values) ** 0.5) if len(values) > 1 else float("nan")
 
 
@@ -200,32 +201,26 @@ def fit_temperature(log_probs: Array, labels: Array) -> float:
         log_probs: (N, C) of *validation* rows, never of the rows that are scored.
         labels: (N,).
     """
-    scores, labels = (
-        torch.as_tensor(np.asarray(log_probs)).double(),
-        torch.as_tensor(np.asarray(labels)).long(),
-    )
-    log_inverse = torch.zeros((), dtype=torch.float64, requires_grad=True)
-    optimiser = torch.optim.LBFGS([log_inverse], max_iter=100, line_search_fn="strong_wolfe")
-
-    def loss():
-        optimiser.zero_grad()
-        # Bounded, because on separable rows the best temperature is zero.
-        value = torch.nn.functional.cross_entropy(scores * log_inverse.clamp(-5, 5).exp(), labels)
-        value.backward()
-        return value
-
-    with torch.enable_grad():
-        optimiser.step(loss)
-    return float((-log_inverse.detach().clamp(-5, 5)).exp())
+    # Of a probability of zero the logarithm is as good as this one, and has no limits to multiply by.
+    scores = torch.as_tensor(np.maximum(_array(log_probs, float), -1e4))
+    labels = torch.as_tensor(_array(labels)).long()
+    # Convex in 1 / T, so with one minimum in its logarithm; bounded, because on separable rows the best T is zero.
+    loss = lambda log_inverse: float(torch.nn.functional.cross_entropy(scores * math.exp(log_inverse), labels))
+    found = optimize.minimize_scalar(loss, bounds=(-5, 5), method="bounded", options={"xatol": 1e-6})
+    return math.exp(-found.x)
 
 
 def apply_temperature(log_probs: Array, temperature: float) -> np.ndarray:
     """softmax(log_probs / temperature), (N, C)."""
-    return torch.softmax(torch.as_tensor(np.asarray(log_probs)).double() / temperature, -1).numpy()
+    return torch.softmax(torch.as_tensor(_array(log_probs, float)) / temperature, -1).numpy()
 
 
 def _binned_error(confidence: np.ndarray, hits: np.ndarray, bins: int, kind: str) -> float:
     places = _bin_of(confidence, bins, kind)
+    if kind == "mass":
+        # Rows of one confidence may lie in two bins, which hold them by chance: each has the mean of their hits.
+        _, group = np.unique(confidence, return_inverse=True)
+        hits = (np.bincount(group, weights=hits) / np.bincount(group))[group]
     gaps = np.bincount(places, weights=confidence - hits)
     return float(np.abs(gaps).sum() / len(confidence))
 
@@ -250,7 +245,7 @@ def _detected(scores: np.ndarray, positive: np.ndarray) -> tuple[np.ndarray, np.
 
 
 def _check_detection(scores: Array, positive: Array) -> tuple[np.ndarray, np.ndarray]:
-    scores, positive = np.asarray(scores, dtype=float), np.asarray(positive).astype(bool)
+    scores, positive = _array(scores, float), _array(positive).astype(bool)
     if scores.ndim != 1 or scores.shape != positive.shape or np.isnan(scores).any():
         raise ValueError(f"expected scores (N,) without NaN and positive (N,), got {scores.shape}, {positive.shape}")
     if positive.all() or not positive.any():
@@ -264,10 +259,15 @@ def _mean_distance(mean: np.ndarray, sd: np.ndarray) -> np.ndarray:
     return mean * (2 * special.ndtr(z) - 1) + 2 * sd * np.exp(-(z**2) / 2) / np.sqrt(2 * np.pi)
 
 
+def _array(values: Array, dtype: type | None = None) -> np.ndarray:
+    """As numpy has it, from any device and with or without a graph."""
+    return np.asarray(values.detach().cpu() if isinstance(values, Tensor) else values, dtype=dtype)
+
+
 def _check(probs: Array, labels: Array) -> tuple[np.ndarray, np.ndarray]:
     if labels is None:
         raise ValueError("expected labels (N,), got None; predict on data that have a label column")
-    probs, labels = np.asarray(probs, dtype=float), np.asarray(labels)
+    probs, labels = _array(probs, float), _array(labels)
     if probs.ndim != 2 or labels.shape != probs.shape[:1] or len(labels) == 0:
         raise ValueError(f"expected probs (N, C) and labels (N,) with N >= 1, got {probs.shape} and {labels.shape}")
     if not np.all(np.abs(probs.sum(-1) - 1) < 1e-3) or probs.min() < -1e-6:

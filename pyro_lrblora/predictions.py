@@ -213,5 +213,10 @@ class TokenPrediction:
         }
 
     def losses(self) -> dict[str, np.ndarray]:
-        """What the NLL per token is the mean of, (N,): a text's nats over the mean number of tokens."""
-        return {"NLL": (-self.log_probs.double().sum(-1) * len(self.scored) / self.scored.sum()).numpy()}
+        """What the NLL per token is the mean of, (N,): the NLL and what each text moves it by.
+
+        A ratio of two sums over texts, nats and tokens, has the standard error of its linearisation (Cochran 1977,
+        section 2.11), in which long texts weigh more and do not look like noise; so have paired differences.
+        """
+        nats, tokens = -self.log_probs.double().sum(-1), self.scored.double().sum(-1)
+        return {"NLL": (self.nll + (nats - self.nll * tokens) / tokens.mean()).numpy()}

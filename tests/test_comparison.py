@@ -330,3 +330,17 @@ def test_html_markdown_and_csv_have_every_number(table):
         assert row in table.to_markdown()
         assert row in table.to_html()
     assert "ELBO per row SE" in table.to_markdown()
+
+
+def test_rows_of_a_shuffling_loader_are_compared_in_pairs():
+    batches = token_batches(rows=24)
+    rows = [{name: value[i] for name, value in batch.items()} for batch in batches for i in range(len(batch["labels"]))]
+    loader = torch.utils.data.DataLoader(rows, batch_size=8, shuffle=True)
+    model = lb.BayesianLoRA(tiny_bert(), lb.LoRAXS(2))
+    posterior = lb.fit(model, batches, epochs=1, progress=False)
+    found, expected = (lb.compare({"one": posterior, "again": posterior}, data, draws=4) for data in (loader, batches))
+    columns = ["NLL - best", "NLL - best SE"]
+    np.testing.assert_allclose(found[columns], expected[columns], atol=1e-6)
+    diagnosis = lb.diagnose(posterior, loader, draws=4)
+    at_mean, found = diagnosis.findings.at_mean, diagnosis.findings.prediction
+    assert torch.equal(at_mean.labels, found.labels)

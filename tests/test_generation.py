@@ -7,6 +7,7 @@ from conftest import tiny_tokenizer
 from test_tasks import tiny_llama, tiny_t5, tiny_texts
 
 import pyro_lrblora as lb
+from pyro_lrblora import generation
 
 
 def tiny_gpt2():
@@ -155,3 +156,16 @@ def test_a_network_that_cannot_generate_is_refused(bert):
     posterior = lb.Posterior(model, lb.guides.Diagonal()(model), lb.guides.Diagonal())
     with pytest.raises(ValueError, match="can generate"):
         lb.generate(posterior, torch.ones(1, 2).long())
+
+
+def test_every_prompt_keeps_its_last_word_whatever_the_first_ends_in():
+    tokenizer = tiny_tokenizer()
+    end = tokenizer.eos_token_id
+    plain = lambda text: tokenizer(text)["input_ids"]
+
+    def ended(text):
+        return {"input_ids": plain(text) + ([end] if text == "good film" else [])}
+
+    ended.eos_token_id = end
+    found = generation._token_rows(["good film", "bad plot"], ended, ended=False)
+    assert found == [plain("good film"), plain("bad plot")]

@@ -11,7 +11,7 @@ from torch.distributions import constraints
 from truth import exact, posterior_at
 
 import pyro_lrblora as lb
-from pyro_lrblora.diagnostics import low_rank
+from pyro_lrblora.diagnostics import low_rank, structure
 from pyro_lrblora.guides.draws import Draws, DrawsGuide
 from pyro_lrblora.prior_predictive import prior_draws
 
@@ -105,7 +105,28 @@ def test_a_correlated_prior_of_unknown_covariance_has_no_precision_but_a_reason(
 def test_few_draws_have_no_precision_but_a_reason(problem):
     found = low_rank(drawn_exactly(problem, draws=60))
     assert {part for part, _ in found.table.index} == {"covariance"}
-    assert "60 draws are fewer than 4 per latent" in found.note
+    assert "independent ones, fewer than 4 per latent" in found.note
+
+
+@pytest.mark.parametrize("draws", [400, 100], ids=["enough", "too few for a precision"])
+def test_draws_that_resemble_those_before_them_are_not_taken_for_structure(problem, draws):
+    """Latents without any correlation, each a chain with an autocorrelation of 0.9: 1 draw of theirs in 9.5 counts."""
+    generator, chains, kept = torch.Generator().manual_seed(0), 4, []
+    state = torch.randn(chains, 2, 3, 3, generator=generator)
+    for _ in range(draws):
+        state = 0.9 * state + 0.19**0.5 * torch.randn(state.shape, generator=generator)
+        kept.append(state)
+    posterior = lb.Posterior(problem.model, DrawsGuide({"R": torch.stack(kept, 1)}), Draws(chains, draws))
+    found = low_rank(posterior)
+    ranks = found.table.loc["covariance", "effective rank"]
+    assert ranks["reference"] == pytest.approx(18, rel=0.1)
+    assert ranks["reference"] == pytest.approx(ranks["reference, no correlation"], rel=0.1)
+    assert structure(posterior).effective_rank == pytest.approx(18, rel=0.15)
+    parts = {part for part, _ in found.table.index}
+    assert parts == ({"covariance", "precision from the data"} if draws == 400 else {"covariance"})
+    if draws == 100:
+        worth = float(found.note.split("worth ")[1].split()[0])
+        assert worth == pytest.approx(400 * 0.19 / 1.81, rel=0.3)
 
 
 def test_a_random_subspace_stands_beside(problem):

@@ -95,6 +95,32 @@ def test_temperature_is_found_again(temperature):
     assert metrics.fit_temperature(logits * temperature, labels) == pytest.approx(temperature, rel=0.05)
 
 
+@pytest.mark.parametrize("best", [0.02, 0.03, 0.1, 20.0])
+def test_extreme_temperatures_are_found_too(best):
+    labels = np.arange(400) % 2
+    wrong = labels ^ (np.arange(400) < 40)  # a tenth: the best logit is log 9
+    logits = best * np.log(9.0) * (np.eye(2)[wrong] - 0.5)
+    assert metrics.fit_temperature(logits, labels) == pytest.approx(best, rel=1e-3)
+
+
+def test_a_probability_of_zero_has_a_temperature():
+    log_probs = torch.tensor([[0.0, 0.6, 0.4], [0.2, 0.8, 0.0], [0.9, 0.1, 0.0]]).log()
+    assert 0 < metrics.fit_temperature(log_probs, [1, 1, 0]) < 1
+    assert metrics.fit_temperature(log_probs, [0, 1, 0]) > 10  # that class was the label
+
+
+def test_mass_bins_do_not_depend_on_the_order_of_rows_that_tie():
+    probs, labels = np.full((300, 2), [0.7, 0.3]), (np.arange(300) >= 180).astype(int)  # 60% right
+    for order in (np.arange(300), np.random.default_rng(0).permutation(300)):
+        assert metrics.ece(probs, labels[order], 15, "mass") == pytest.approx(0.1)
+
+
+def test_tensors_with_a_graph_are_scored():
+    probs = torch.tensor([[0.8, 0.2], [0.4, 0.6]], requires_grad=True)
+    assert metrics.nll(probs, torch.tensor([0, 1])) == pytest.approx(-np.log([0.8, 0.6]).mean())
+    assert metrics.fit_temperature(probs.log(), torch.tensor([0, 1])) < 1
+
+
 @settings(deadline=None, max_examples=30)
 @given(rows=st.integers(1, 40), classes=st.integers(2, 4), seed=st.integers(0, 100))
 def test_temperature_never_hurts_the_rows_it_was_fitted_on(rows, classes, seed):

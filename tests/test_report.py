@@ -62,6 +62,27 @@ def test_draws_are_enough_where_fewer_would_do(fitted):
         assert (check.value, check.threshold, check.verdict) == (value, "< 4", verdict)
 
 
+def test_widths_that_are_wrong_in_both_directions_do_not_cancel():
+    problem = LinearGaussian(rank=2)
+    covariance = problem.precision.inverse()
+    scale = torch.tensor([0.6, 1.28]).repeat(len(covariance) // 2).double()  # log -.51 and .25
+    other = posterior_at(problem, problem.mean, covariance * scale.outer(scale))
+    found = lb.diagnose(other, [problem.batch], reference=exact(problem), draws=4)
+    assert row(found, "log sd ratio to").verdict == "good"
+    assert row(found, "log sd ratio, absolute").value == pytest.approx(0.38, abs=0.05)
+    assert row(found, "log sd ratio, absolute").verdict == "warning"
+
+
+@pytest.mark.parametrize("word", ["warning", "bad"], ids=["falls", "not finite"])
+def test_a_bound_that_falls_or_is_not_finite_speaks_against_a_fit(fitted, word):
+    data, posterior, _ = fitted
+    history = [{"epoch": 1 + k, "step": 10 * (1 + k), "elbo": -0.2 * k, "kl": 1.0} for k in range(10)]
+    if word == "bad":
+        history[-1]["elbo"] = math.nan
+    fallen = lb.Posterior(posterior.model, posterior.guide, posterior.guide_spec, history, posterior.settings)
+    assert row(lb.diagnose(fallen, data["test"], draws=4), "training").verdict == word
+
+
 @pytest.mark.parametrize(("factor", "word"), [(0.25, "bad"), (1.0, "good"), (4.0, "bad")])
 def test_a_posterior_of_the_wrong_width_is_caught_by_the_reference_and_by_the_weights(factor, word):
     problem = LinearGaussian(rank=2)
@@ -167,3 +188,29 @@ def test_the_report_in_a_browser(fitted, tmp_path):
         )
         assert len(targets) >= 8
         assert all(targets)
+
+
+@pytest.mark.parametrize(("gap", "advice"), [(0.02, "than chance can give"), (-0.1, "no better than no model")])
+def test_what_is_better_by_chance_is_not_called_worse(fitted, gap, advice):
+    """Losses around those of the label shares: below them on average, but within two standard errors, or above them."""
+    data, posterior, _ = fitted
+    findings = lb.diagnose(posterior, data["test"], draws=4).findings
+    labels = findings.prediction.labels
+    shares = torch.bincount(labels, minlength=3) / len(labels)
+    noise = torch.where(torch.arange(len(labels)) % 2 == 0, 0.5, -0.5)
+    right = (shares[labels].log() + gap + noise).exp().clamp(max=0.98)
+    logits = ((1 - right) / 2).log()[:, None].expand(-1, 3).clone()
+    logits[torch.arange(len(labels)), labels] = right.log()
+    planted = replace(findings, prediction=replace(findings.prediction, logits=logits[None]))
+    check = next(each for each in verdicts(planted) if each.check == "NLL (nats per row)")
+    assert check.verdict == ("warning" if gap > 0 else "bad")
+    assert advice in check.advice
+
+
+def test_the_evidence_says_what_it_is_conditional_on():
+    from pyro_lrblora.report.sections import _given
+
+    network = tiny_bert()
+    data_made = lb.BayesianLoRA(network, lb.LoRAXS(2, lb.projections.Gradient()))
+    assert _given(data_made) == "Conditional on a head that is a point and on a projection made from the data."
+    assert _given(lb.BayesianLoRA(network, lb.LoRAXS(2), head="bayesian")) == ""

@@ -1,8 +1,10 @@
 """The structure of a posterior against dense matrices, exact posteriors and closed forms."""
 
 from importlib import import_module
+from types import SimpleNamespace
 
 import numpy as np
+import pyro
 import pytest
 import torch
 from conftest import LinearGaussian, tiny_bert, token_batches
@@ -10,6 +12,7 @@ from test_evidence import exact
 from torch.distributions import MultivariateNormal, kl_divergence
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from truth import posterior_at
 
 import pyro_lrblora as lb
 from pyro_lrblora.diagnostics.reference import against_reference
@@ -232,3 +235,26 @@ def test_fifteen_thousand_latents_without_a_square_of_them():
     with LargestTensor() as seen:
         torch.ones(1000, 1000).double()
     assert seen.entries == 1000**2  # it can tell
+
+
+def test_the_effective_rank_in_the_picture_is_of_the_spectrum_in_it():
+    """Half the latents have a prior a hundred times as wide: flat in its units, of half the rank without them."""
+    from pyro_lrblora import plots
+
+    problem = LinearGaussian(rank=2, modules=2)
+    sds = torch.tensor([0.01, 1.0])[:, None, None].expand(2, 2, 2)
+    prior = lambda shapes: {"R": pyro.sample("R", pyro.distributions.Normal(0.0, sds).to_event(3))}
+    model = problem.model.with_prior(prior)
+    found = structure(posterior_at(SimpleNamespace(model=model), torch.zeros(8), torch.diag(sds.flatten() ** 2)))
+    assert found.effective_rank == pytest.approx(4, rel=0.01)
+    assert found.whitened_effective_rank == pytest.approx(8, rel=0.01)
+    shown = [text.get_text() for text in plots.spectrum(found).axes[0].texts]
+    assert shown == ["effective rank 8.0"]
+
+
+def test_a_prior_without_a_variance_is_named():
+    problem = LinearGaussian(rank=2)
+    model = problem.model.with_prior(lb.priors.StudentT(0.1, df=2.0))
+    posterior = lb.Posterior(model, lb.guides.Diagonal()(model), lb.guides.Diagonal())
+    assert "variance is infinite" in structure(posterior).note
+    assert "infinite" not in structure(lb.Posterior(problem.model, posterior.guide, posterior.guide_spec)).note

@@ -373,6 +373,24 @@ def test_a_text_without_tokens_to_score_is_refused():
         lb.fit(model, [{"input_ids": torch.ones(2, 3).long(), "labels": torch.ones(2).long()}], progress=False)
 
 
+def test_the_standard_error_of_a_difference_per_token_is_its_spread():
+    """Long texts have more nats whatever the model: the lengths are no noise of the difference of two NLLs."""
+    generator, found = torch.Generator().manual_seed(0), []
+    for _ in range(400):
+        lengths = 1 + torch.empty(50).exponential_(0.05, generator=generator).long().clamp(max=99)
+        scored = torch.arange(100) < lengths[:, None]
+        shared, own = (torch.randn(50, 100, generator=generator) for _ in range(2))
+        one, other = (
+            lb.predictions.TokenPrediction((scored * nats)[None], 0.0 * scored[None], scored)
+            for nats in (-2 + shared, -2.3 + shared + 0.3 * own)
+        )
+        losses = other.losses()["NLL"] - one.losses()["NLL"]
+        assert losses.mean() == pytest.approx(other.nll - one.nll, abs=1e-5)
+        found.append((losses.mean(), lb.metrics.standard_error(losses)))
+    differences, errors = torch.tensor(found).T
+    assert float(errors.mean() / differences.std()) == pytest.approx(1, rel=0.1)
+
+
 def test_the_elbo_of_texts_is_pyros_own():
     """One row is one observation: the model's bound is what Trace_ELBO makes of it."""
     batches = lb.data.Texts(tiny_texts(12), tiny_tokenizer(), batch_size=12)

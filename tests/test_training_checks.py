@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import pyro_lrblora as lb
 from pyro_lrblora.diagnostics.gradient_noise import gradient_noise
-from pyro_lrblora.diagnostics.training import CANNOT_TELL, CONVERGED, TRAIN_LONGER, training
+from pyro_lrblora.diagnostics.training import BROKEN, CANNOT_TELL, CONVERGED, FALLS, TRAIN_LONGER, training
 from pyro_lrblora.infer.progress import DRIFT
 from pyro_lrblora.plots.training import training_curves
 
@@ -75,8 +75,8 @@ def test_noise_is_called_a_rise_no_more_often_than_its_interval_says():
 
 def test_a_falling_elbo_is_not_convergence():
     found = training(planted(rising[::-1]))
-    assert found.verdict == CANNOT_TELL
-    assert "falls" in found.reason
+    assert found.verdict == FALLS
+    assert "gains -" in found.reason
     assert "lower" in found.advice
 
 
@@ -121,7 +121,7 @@ def test_an_elbo_that_is_not_finite_names_its_epoch(value):
     broken = flat.copy()
     broken[11] = value
     found = training(planted(broken))
-    assert found.verdict == CANNOT_TELL
+    assert found.verdict == BROKEN
     assert "epoch 12" in found.reason
 
 
@@ -179,7 +179,7 @@ def test_a_tolerance_of_nothing_is_refused():
 )
 def test_any_history_gets_a_verdict_a_reason_and_advice(elbo, schedule):
     found = training(planted(elbo, nll=elbo, settings={**CONSTANT, "schedule": schedule}))
-    assert found.verdict.split(" since")[0] in (TRAIN_LONGER, CANNOT_TELL, CONVERGED, "overfitted")
+    assert found.verdict.split(" since")[0] in (FALLS, TRAIN_LONGER, CANNOT_TELL, CONVERGED, "overfitted")
     assert found.reason
     assert found.advice
     assert found.best_epoch == 1 + int(np.argmin(elbo))

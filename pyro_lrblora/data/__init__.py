@@ -1,6 +1,16 @@
 """From a datasets.Dataset, or batches already made, to the batches a model takes: one file per kind of task."""
 
-from .batches import Batch, Batches, EncodedBatches, as_batches, batch_rows, endless, naming_the_batch, row_weight
+from .batches import (
+    Batch,
+    Batches,
+    EncodedBatches,
+    as_batches,
+    batch_rows,
+    endless,
+    in_one_order,
+    naming_the_batch,
+    row_weight,
+)
 from .choices import Choices, Letters
 from .texts import Texts
 
@@ -14,6 +24,7 @@ __all__ = [
     "as_batches",
     "batch_rows",
     "endless",
+    "in_one_order",
     "naming_the_batch",
     "row_weight",
 ]

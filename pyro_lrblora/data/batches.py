@@ -218,6 +218,20 @@ def as_batches(data, tokenizer=None, **options) -> EncodedBatches | _GivenBatche
     return _GivenBatches(data)
 
 
+def in_one_order(data):
+    """Data that come in the same order at every pass, for predictions that are compared row by row.
+
+    What others iterate may be shuffled, as a DataLoader is: its batches are kept, as its first pass gave them.
+
+    Args:
+        data: what as_batches takes or returned.
+    """
+    source = data.source if isinstance(data, _GivenBatches) else data
+    if isinstance(source, EncodedBatches | datasets.Dataset | list | tuple):
+        return data
+    return as_batches(list(as_batches(source)))
+
+
 def _joined(labels: list[Tensor | None]) -> Tensor | None:
     """Labels (B, ...) of all batches as (N, ...), None where one has none; those of texts (B, T) filled with -100."""
     if not labels or any(label is None for label in labels):

@@ -146,8 +146,7 @@ def _continued(tokenizer, flat: Sequence[tuple[str, str]]) -> dict[str, list]:
     """Question and choice as one text, tokenised apart so that it is known which tokens are the choice's."""
     prompts = tokenizer([text for text, _ in flat])["input_ids"]
     answers = tokenizer([" " + choice for _, choice in flat], add_special_tokens=False)["input_ids"]
-    if prompts[0] and prompts[0][-1] == tokenizer.eos_token_id:
-        prompts = [ids[:-1] for ids in prompts]
+    prompts = [ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids for ids in prompts]
     joined = list(zip(prompts, answers, strict=True))
     return {
         "input_ids": [prompt + answer for prompt, answer in joined],

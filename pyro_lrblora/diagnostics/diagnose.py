@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from .. import metrics
-from ..data import as_batches
+from ..data import as_batches, in_one_order
 from ..evidence import check_fitted_rows, importance, psis_loo, why_no_density
 from ..formatting import brief
 from ..guides.draws import DrawsGuide
@@ -93,7 +93,7 @@ def diagnose(
     tokenizer = tokenizer or posterior.model.tokenizer
     given = {"test": test, "train": train, "validation": validation, "outside": outside}
     data = {
-        role: as_batches(rows, tokenizer, batch_size=64, by_length=True)
+        role: as_batches(in_one_order(rows), tokenizer, batch_size=64, by_length=True)
         for role, rows in given.items()
         if rows is not None
     }

@@ -105,6 +105,15 @@ def against_simpler(losses: np.ndarray, simpler: np.ndarray) -> tuple[float, flo
     return value, base, limit, "good" if value < limit else "warning" if value < base else "bad"
 
 
+def no_better(value: float, base: float, verdict: str) -> str:
+    """What follows from against_simpler's verdict."""
+    if verdict == "good":
+        return ""
+    if value < base:
+        return "Better than no model by less than chance can give: test on more rows."
+    return "The model predicts no better than no model: check labels, rates and data."
+
+
 def error(values: np.ndarray) -> float:
     """Standard error of the mean; 0 of one row, so that a limit made of it stays a number."""
     return float(np.nan_to_num(standard_error(values)))

@@ -30,10 +30,11 @@ def intervals(prediction: NumberPrediction) -> Intervals:
 
     if prediction.labels is None:
         raise ValueError("expected a prediction of rows with labels, got none; predict rows that have a label column")
-    place, labels = prediction.cdf(prediction.labels).double().numpy(), np.sort(prediction.labels.double().numpy())
+    place, labels = prediction.cdf(prediction.labels).double().numpy(), prediction.labels.double().numpy()
     rows, tail = len(place), (1 - LEVEL) / 2
-    # All labels as one forecast for each of them: half their mean absolute difference.
-    alone = float(((2 * np.arange(1, rows + 1) - rows - 1) * labels).sum() / rows**2)
+    # All labels as one forecast: a label's mean distance to them, less half the mean distance between two.
+    rank, total = labels.argsort().argsort(), np.sort(labels).cumsum()
+    distance = ((2 * rank + 2 - rows) * labels + total[-1] - 2 * total[rank]) / rows
     return Intervals(
         place=place,
         inside=float(((place > tail) & (place < 1 - tail)).mean()),
@@ -42,7 +43,7 @@ def intervals(prediction: NumberPrediction) -> Intervals:
         distance_right=float(kstwo.isf(0.05, rows)),
         shape=_shape(place),
         crps=prediction.losses()["CRPS"],
-        crps_alone=alone,
+        crps_alone=distance - distance.mean() / 2,
     )
 
 
@@ -58,7 +59,7 @@ class Intervals:
         distance_right: below which it is in 95 of 100 test sets if the predictions are right.
         shape: what is wrong, in words; empty where nothing is clear.
         crps: (N,) in units of the labels.
-        crps_alone: mean, where the test labels themselves are the forecast, whatever the row.
+        crps_alone: (N,), where the test labels themselves are the forecast, whatever the row.
     """
 
     place: np.ndarray
@@ -68,7 +69,7 @@ class Intervals:
     distance_right: float
     shape: str
     crps: np.ndarray
-    crps_alone: float
+    crps_alone: np.ndarray
 
 
 def _shape(place: np.ndarray) -> str:

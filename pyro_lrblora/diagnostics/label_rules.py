@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 
 from ..predictions import NumberPrediction, Prediction, TokenPrediction
-from .findings import Findings, against_simpler, error, unchecked
+from .findings import Findings, against_simpler, error, no_better, unchecked
 from .intervals import LEVEL
 from .prediction_rules import CLASSES, against_mean
 from .texts import text_scores
@@ -42,7 +42,7 @@ def _numbers_alone(f: Findings):
         "NLL (nats per row)", value, f"< {limit:.3f}", verdict,
         f"One normal for all rows, at the mean and sd of the test labels, has {alone:.3f}, less two standard errors of "
         f"the difference is the threshold; RMSE is {f.prediction.scores()['RMSE']:.3g}, the labels' sd {sd:.3g}.",
-        "" if verdict == "good" else "The model predicts no better than no model: check labels, rates and data.",
+        no_better(value, alone, verdict),
     )  # fmt: skip
 
 
@@ -80,12 +80,12 @@ def _uniform(f: Findings):
 def _crps(f: Findings):
     if f.intervals is None:
         return
-    value, alone = float(f.intervals.crps.mean()), f.intervals.crps_alone
-    verdict = "good" if value < alone else "bad"
+    value, alone, limit, verdict = against_simpler(f.intervals.crps, f.intervals.crps_alone)
     yield (
-        "CRPS (units of the labels)", value, f"< {alone:.3g}", verdict,
-        f"± {error(f.intervals.crps):.2g}; the threshold is that of all test labels as one forecast for every row.",
-        "" if verdict == "good" else "The model predicts no better than no model: check labels, rates and data.",
+        "CRPS (units of the labels)", value, f"< {limit:.3g}", verdict,
+        f"± {error(f.intervals.crps):.2g}; all test labels as one forecast for every row have {alone:.3g}, less two "
+        "standard errors of the difference is the threshold.",
+        no_better(value, alone, verdict),
     )  # fmt: skip
 
 
@@ -110,7 +110,9 @@ def _perplexity(f: Findings):
     yield (
         "NLL (nats per token)", value, f"< {limit:.3f}", verdict,
         f"{words}. The threshold is the pretrained network's NLL, less two standard errors of the difference.",
-        "" if verdict == "good" else "Fine-tuning has taught nothing about such texts: check data, rates and epochs.",
+        "" if verdict == "good"
+        else "Better than the pretrained network by less than chance can give: test on more texts." if value < before
+        else "Fine-tuning has taught nothing about such texts: check data, rates and epochs.",
     )  # fmt: skip
 
 

@@ -16,7 +16,7 @@ from ..infer.chains import R_HAT
 from ..posterior import Posterior, local_parameters
 from ..priors.variance import prior_covariance, prior_variance
 from ..projections import Random
-from .spectra import effective_rank, eigenvalues
+from .spectra import effective_rank, eigenvalues, independent_draws, turned
 
 _MOST = 4096  # latents, whose covariance is decomposed whole
 _PER_LATENT = 4  # draws of each, below which the inverse of a sample covariance is mostly noise
@@ -31,14 +31,16 @@ def low_rank(reference: Posterior, random: Posterior | None = None, seed: int = 
     Both in units of the prior. The data's part of the precision is S^(1/2) C^-1 S^(1/2) - I, C the posterior's and S
     the prior's covariance: under a Normal prior it is the Fisher information in those units, and of low rank where the
     data determine few directions (the covariance is the identity minus low rank then, and itself of full rank). The
-    nulls: the same marginals in those units without correlation, of draws by shuffling each alone; and the posterior
-    in a random subspace. An effective rank well below both is structure. Chains that have not converged stand apart,
-    and the direction between them alone makes any covariance look low-rank: then `doubt` says so.
+    nulls: the same marginals in those units without correlation; and the posterior in a random subspace. An effective
+    rank well below both is structure. Of draws the first null is every latent's chains turned by steps of their own,
+    which leaves their autocorrelation: draws that resemble those before them show few directions by chance, as fewer
+    independent ones do. How many of these they are worth is read off the null's correlations. Chains that have not
+    converged stand apart, and the direction between them alone makes any covariance look low-rank: `doubt` says so.
 
     Args:
         reference: stored draws (lb.infer.nuts), or a normal with a free covariance (laplace structure="full").
         random: the same, of as many latents, in a subspace of projections.Random().
-        seed: of the shuffling.
+        seed: of the null.
 
     Raises:
         TypeError: a guide whose own form decides the rank.
@@ -63,7 +65,10 @@ def low_rank(reference: Posterior, random: Posterior | None = None, seed: int = 
             elif draws is None or draws >= _PER_LATENT * len(values):
                 parts["precision from the data"] = ((1 / values.clamp(min=1e-12) - 1).clamp(min=0).flip(0), None)
             else:
-                notes.append(f"{label}: no precision, {draws} draws are fewer than {_PER_LATENT} per latent")
+                notes.append(
+                    f"{label}: no precision, its draws are worth {draws:.0f} independent ones, fewer than "
+                    f"{_PER_LATENT} per latent"
+                )
             for part, (spectrum, drawn) in parts.items():
                 rows[part, label] = _row(spectrum, drawn)
                 spectra[part, label] = spectrum.numpy()
@@ -155,8 +160,8 @@ def _units(model) -> tuple[Callable[[Tensor], Tensor], str]:
 
 def _whitened(
     posterior: Posterior, name: str, whiten: Callable[[Tensor], Tensor], seed: int
-) -> list[tuple[str, Tensor, int | None]]:
-    """Label, covariance in units of the prior (D, D) and the draws it is from: as it is, and without correlations."""
+) -> list[tuple[str, Tensor, float | None]]:
+    """Label, covariance in units of the prior (D, D), independent draws it is worth: as it is, and uncorrelated."""
     model, bare = posterior.model, f"{name}, no correlation"
     if isinstance(posterior.guide, FullRankGuide):
         covariance = whiten(whiten(posterior.covariance().dense().double().cpu()).T)
@@ -165,12 +170,13 @@ def _whitened(
     if not bool((draws.amax(0) > draws.amin(0)).any()):
         raise ValueError("expected a reference whose latents vary, got one whose draws are all the same")
     draws, generator = whiten(draws), torch.Generator().manual_seed(seed)
-    shuffled = draws.gather(0, torch.rand(draws.shape, generator=generator).argsort(0))
-    return [(label, torch.cov(each.T).reshape(2 * [each.shape[1]]), len(draws))
-            for label, each in ((name, draws), (bare, shuffled))]  # fmt: skip
+    alone = turned(draws, posterior.guide.chains, generator)
+    worth = independent_draws(draws, posterior.guide.chains)
+    return [(label, torch.cov(each.T).reshape(2 * [each.shape[1]]), worth)
+            for label, each in ((name, draws), (bare, alone))]  # fmt: skip
 
 
-def _row(values: Tensor, draws: int | None) -> dict[str, float]:
+def _row(values: Tensor, draws: float | None) -> dict[str, float]:
     total = values.sum()
     shares = (values / total).cumsum(0) if total > 0 else torch.full_like(values, torch.nan)
     return {

@@ -6,7 +6,7 @@ import numpy as np
 
 from .. import metrics
 from ..predictions import TokenPrediction
-from .findings import Findings, against_simpler, error, unchecked
+from .findings import Findings, against_simpler, error, no_better, unchecked
 
 TEMPERATURE = (0.8, 1.25)  # outside of which scaling changes the probabilities visibly
 LIKELIHOOD_RATIO = 1.92  # nats that one free parameter gains by chance in 19 of 20 data sets
@@ -27,7 +27,8 @@ def _calibration(f: Findings):
         f"A perfectly calibrated model scores {row['perfect']:.3f} on so many rows, and up to the threshold in 95 of "
         f"100 test sets. Mean confidence minus accuracy is {over:+.3f}"
         + ("." if verdict == "good" else f": {word}. {f.calibration.note}".rstrip()),
-        "" if verdict == "good" else "Scale the temperature on validation rows, or widen the posterior.",
+        "" if verdict == "good" else "Scale the temperature on validation rows, or "
+        + ("widen the posterior." if over > 0 else "tighten the prior: the posterior is too wide."),
     )  # fmt: skip
 
 
@@ -61,7 +62,7 @@ def _against_simple(f: Findings):
             "NLL (nats per row)", value, f"< {limit:.3f}", verdict,
             f"The label shares alone have {base:.3f}, less two standard errors of the difference is the threshold; "
             f"accuracy is {metrics.accuracy(p.probs, p.labels):.3f}.",
-            "" if verdict == "good" else "The model predicts no better than no model: check labels, rates and data.",
+            no_better(value, base, verdict),
         )  # fmt: skip
 
 

@@ -6,6 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+_PAIRS = 1000  # of latents, whose chance correlations say what draws are worth
+_LATENTS = 256  # at most, that these are of
 _ROUNDING = 1e-12  # of the mean square of the draws, below which a variance is what rounding left
 
 
@@ -26,7 +28,7 @@ def from_products(gram: Tensor) -> np.ndarray:
     return values[values > _ROUNDING * gram.diagonal().mean()].numpy()
 
 
-def effective_rank(values: Tensor, draws: int | None) -> float:
+def effective_rank(values: Tensor, draws: float | None) -> float:
     """tr(C)^2 / tr(C^2), of eigenvalues, or of a sample's with the bias of its S draws taken out."""
     trace, square = values.sum(), values.square().sum()
     if trace <= 0:
@@ -42,3 +44,30 @@ def share(values: np.ndarray, top: int) -> float:
     """Of the variance, in the first eigenvalues; NaN without variance."""
     total = float(values.sum())
     return float(values[:top].sum()) / total if total > 0 else float("nan")
+
+
+def turned(draws: Tensor, chains: int, generator: torch.Generator) -> Tensor:
+    """Draws (S, D), chain after chain, whose every latent is turned about by a step of its own in each chain.
+
+    Its own autocorrelation stays, its correlations go.
+    """
+    by_chain = draws.unflatten(0, (chains, -1))
+    length = by_chain.shape[1]
+    steps = torch.randint(length, (chains, 1, draws.shape[1]), generator=generator)
+    return by_chain.gather(1, (torch.arange(length)[:, None] + steps) % length).flatten(0, 1)
+
+
+def independent_draws(draws: Tensor, chains: int) -> float:
+    """How many independent draws show chance correlations as large as draws (S, D) do that are turned about.
+
+    The mean square of a correlation of n independent draws is 1 / (n - 1).
+    """
+    draws, generator = draws[:, :: -(-draws.shape[1] // _LATENTS)], torch.Generator().manual_seed(0)
+    pairs = draws.shape[1] * (draws.shape[1] - 1) // 2
+    if not pairs:
+        return float(len(draws))
+    means = [
+        torch.corrcoef(turned(draws, chains, generator).T).square().tril(-1).nansum() / pairs
+        for _ in range(-(-_PAIRS // pairs))
+    ]
+    return min(float(len(draws)), 1 + 1 / max(float(sum(means)) / len(means), 1e-12))

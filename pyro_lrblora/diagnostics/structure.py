@@ -50,6 +50,7 @@ def structure(posterior: Posterior, draws: int = 500, seed: int = 0) -> Structur
     model, notes = posterior.model, []
     samples = {name: value.cpu() for name, value in posterior.sample(draws, seed=seed).items()}
     latents = model.sites.join(samples).double()
+    worth = _worth(posterior, latents)
     prior = model.sites.join(prior_variance(model.sample_prior, model.sites.shapes)).double().cpu()
     covariance = _covariance(posterior)
     exact = covariance is not None
@@ -65,18 +66,20 @@ def structure(posterior: Posterior, draws: int = 500, seed: int = 0) -> Structur
         if whole
         else spectra.from_draws(centred / scale)[: len(scale)]
     )
-    eigenvalues, one = spectrum(torch.ones_like(prior)), prior.sqrt()
+    eigenvalues, whitened = spectrum(torch.ones_like(prior)), spectrum(prior.sqrt())
     # Not the first of `samples`: of stored draws these are the first chain's.
     updates = min(draws, _UPDATES)
     spread = {name: value.cpu() for name, value in posterior.sample(updates, seed=seed).items()}
+    few = _worth(posterior, model.sites.join(spread).double())
     gram, sizes = _update_products(model, spread)
     mean = model.sites.join(posterior.mean()).double().cpu()
     blocks = _blocks(model, covariance, centred)
     found = {"latents": {}, "W - W0": {}}
-    kl, dependence, table = _modules(posterior, blocks, prior, mean, None if exact else draws, notes, found["latents"])
+    drawn = None if exact else draws
+    kl, dependence, table = _modules(posterior, blocks, prior, mean, drawn, worth, notes, found["latents"])
     found["W - W0"] = {name: spectra.from_products(each) for name, each in gram.items()}
     table["W - W0: effective rank"] = {
-        name: spectra.effective_rank(torch.as_tensor(values), updates) for name, values in found["W - W0"].items()
+        name: spectra.effective_rank(torch.as_tensor(values), few) for name, values in found["W - W0"].items()
     }
     for label, top in _TOP.items():
         table[f"W - W0: {label}"] = {name: spectra.share(values, top) for name, values in found["W - W0"].items()}
@@ -93,11 +96,12 @@ def structure(posterior: Posterior, draws: int = 500, seed: int = 0) -> Structur
     induced = spectra.from_products(sum(gram.values()))
     return Structure(
         eigenvalues=eigenvalues.numpy(),
-        whitened=spectrum(one).numpy(),
+        whitened=whitened.numpy(),
         induced=induced,
         variance=variance,
-        effective_rank=spectra.effective_rank(eigenvalues, None if whole else draws),
-        induced_effective_rank=spectra.effective_rank(torch.as_tensor(induced), updates),
+        effective_rank=spectra.effective_rank(eigenvalues, None if whole else worth),
+        whitened_effective_rank=spectra.effective_rank(whitened, None if whole else worth),
+        induced_effective_rank=spectra.effective_rank(torch.as_tensor(induced), few),
         modules=table,
         spectra=found,
         correlation=_correlation(model, dense, centred),
@@ -119,6 +123,7 @@ class Structure:
         induced: eigenvalues above zero of the covariance of all W - W0 together, from at most 100 draws.
         variance: the trace of the covariance.
         effective_rank: participation ratio tr(C)^2 / tr(C^2): D where all eigenvalues are equal; NaN without variance.
+        whitened_effective_rank: the same in units of the prior's standard deviations.
         induced_effective_rank: the same of all W - W0 together.
         modules: a row per module: latents; prior sd and posterior sd, root mean squares; contraction, 1 - trace over
             the prior's; effective parameters, the sum over latents of 1 - variance / prior variance (MacKay 1992,
@@ -142,6 +147,7 @@ class Structure:
     induced: np.ndarray
     variance: float
     effective_rank: float
+    whitened_effective_rank: float
     induced_effective_rank: float
     modules: pd.DataFrame
     spectra: dict[str, dict[str, np.ndarray]]
@@ -169,6 +175,14 @@ class Structure:
         if of == "W - W0":
             return spectra.share(self.induced, top)
         return float(self.eigenvalues[:top].sum() / self.variance) if self.variance > 0 else float("nan")
+
+
+def _worth(posterior: Posterior, latents: Tensor) -> float:
+    """How many independent draws as many of a posterior's are worth: those of a chain resemble each other."""
+    if not isinstance(posterior.guide, DrawsGuide):
+        return len(latents)
+    chains = posterior.guide.chains
+    return spectra.independent_draws(latents, chains if len(latents) % chains == 0 else 1)
 
 
 def _covariance(posterior: Posterior):
@@ -235,11 +249,13 @@ def _blocks(model, covariance, centred: Tensor) -> dict[str, tuple[Tensor, Tenso
 
 
 def _modules(
-    posterior, blocks, prior, mean, drawn: int | None, notes: list[str], found: dict[str, np.ndarray]
+    posterior, blocks, prior, mean, drawn: int | None, worth: float, notes: list[str], found: dict[str, np.ndarray]
 ) -> tuple[float, float, pd.DataFrame]:
     """KL of all latents, what it exceeds the modules' by, and the table of the modules; their spectra are filled in."""
     sites, others = prior_sites(posterior.model)
     scales = sorted(set(others) - set(posterior.model.head_start))  # a Bayesian head is independent of the latents
+    if not all(bool(fn.variance.isfinite().all()) for fn in sites.values()):
+        notes.append("the prior's variance is infinite: the median magnitude over 0.6745 stands for its sd")
     normal = drawn is None and not posterior.is_point and all(is_normal(fn) for fn in sites.values())
     if not normal:
         notes.append("no KL: it takes a Gaussian guide and a Normal prior")
@@ -265,7 +281,7 @@ def _modules(
             "posterior sd": float(variance.mean()) ** 0.5,
             "contraction": float(1 - variance.sum() / own.sum()),
             "effective parameters": float((1 - variance / own).sum()),
-            "effective rank": float("nan") if values is None else spectra.effective_rank(values, drawn),
+            "effective rank": float("nan") if values is None else spectra.effective_rank(values, drawn and worth),
             **{label: spectra.share(found.get(name, np.zeros(0)), top) for label, top in _TOP.items()},
             "KL (nats)": kl,
         }

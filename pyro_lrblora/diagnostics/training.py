@@ -11,7 +11,8 @@ import pandas as pd
 from ..infer.progress import DRIFT, multiplier
 from ..posterior import Posterior
 
-TRAIN_LONGER, OVERFITTED, CANNOT_TELL, CONVERGED = "train longer", "overfitted", "cannot tell", "converged"
+BROKEN, FALLS, TRAIN_LONGER, OVERFITTED = "not finite", "falls", "train longer", "overfitted"
+CANNOT_TELL, CONVERGED = "cannot tell", "converged"
 
 _EPOCHS = 4  # fewer have no noise to measure a slope against
 _COLUMNS = ("elbo", "kl", "log_likelihood", "mean_log_sd", "validation_nll")
@@ -23,11 +24,12 @@ def training(posterior: Posterior, tolerance: float = 0.01) -> Training:
     Everything is measured against the learning rate spent, in epochs at the full rate: a decaying schedule makes any
     curve look flat at its end. The ELBO per row rises where a line through the last quarter of the rate spent (at least
     4 epochs) gains more than `tolerance` per epoch and more than the one-sided 95% error of its slope. It is flat where
-    the line gains less, and the upper end of that interval is below 5 x tolerance; in between the noise hides it. (A
-    relative change, as Kucukelbir et al. 2017, arXiv 1603.00788, stop at, depends on an arbitrary zero, and without
-    the noise it stops too soon: Dhaka et al. 2020, arXiv 2009.00666.) The scales have converged where the mean log sd
-    drifts by less than `infer.progress.DRIFT`. A fit is overfitted where the mean validation NLL of its last (up to
-    three) epochs is above that of the best by more than `tolerance` and 4 times the curve's own noise.
+    the line gains less, and the upper end of that interval is below 5 x tolerance; in between the noise hides it. It
+    falls where the line loses more than both. (A relative change, as Kucukelbir et al. 2017, arXiv 1603.00788, stop at,
+    depends on an arbitrary zero, and without the noise it stops too soon: Dhaka et al. 2020, arXiv 2009.00666.) The
+    scales have converged where the mean log sd drifts by less than `infer.progress.DRIFT`. A fit is overfitted where
+    the mean validation NLL of its last (up to three) epochs is above that of the best by more than `tolerance` and 4
+    times the curve's own noise.
 
     Args:
         posterior: what a fit returned; of an ensemble the worst member counts.
@@ -50,7 +52,7 @@ def training(posterior: Posterior, tolerance: float = 0.01) -> Training:
     judged = {
         member: _judge(replace(result, curve=part), settings, tolerance) for member, part in curve.groupby("member")
     }
-    order = (TRAIN_LONGER, OVERFITTED, CANNOT_TELL, CONVERGED)
+    order = (BROKEN, FALLS, TRAIN_LONGER, OVERFITTED, CANNOT_TELL, CONVERGED)
     member = min(judged, key=lambda name: [judged[name].verdict.startswith(each) for each in order].index(True))
     worst, which = judged[member], f"member {member}: " if len(judged) > 1 else ""
     note = "; ".join([*notes, *filter(None, [worst.note])])
@@ -64,7 +66,7 @@ class Training:
     Args:
         curve: a row per epoch (and member): step; spent, epochs at the full learning rate so far; elbo and
             log_likelihood, nats per row; kl, nats; mean_log_sd; validation_nll, nats per row; NaN where not recorded.
-        verdict: "train longer", "converged", "overfitted since epoch k" or "cannot tell".
+        verdict: "not finite", "falls", "train longer", "overfitted since epoch k", "cannot tell" or "converged".
         reason: in words, with the numbers.
         advice: what to do.
         gain: slope of the ELBO at the end, nats per row and epoch at the full rate; NaN where unknown.
@@ -132,8 +134,9 @@ def _judge(result: Training, settings: Mapping, tolerance: float) -> Training:
     if broken.any():
         epoch = curve["epoch"].to_numpy()[broken.argmax()]
         return replace(
-            result, reason=f"the {name} is not finite in epoch {epoch}", advice="lower the learning rates or clip more"
-        )
+            result, verdict=BROKEN, reason=f"the {name} is not finite in epoch {epoch}",
+            advice="lower the learning rates or clip more",
+        )  # fmt: skip
     best, overfitted = _validation(curve, tolerance)
     gain, error = _slope(spent, elbo)
     drift = _drift(spent, curve["mean_log_sd"].to_numpy())
@@ -160,7 +163,7 @@ def _judge(result: Training, settings: Mapping, tolerance: float) -> Training:
     if gain > max(tolerance, error):
         return replace(result, verdict=TRAIN_LONGER, reason=moved, advice="more epochs, or higher rates")
     if gain < -max(tolerance, error):
-        return replace(result, reason=f"{moved}: it falls", advice="lower the learning rates")
+        return replace(result, verdict=FALLS, reason=moved, advice="lower the learning rates")
     if gain <= tolerance and gain + error <= 5 * tolerance:
         scales = "" if np.isnan(drift) else f", the mean log sd moves by {drift:.3f}"
         return replace(result, verdict=CONVERGED, reason=f"{moved} (flat: below {tolerance}){scales}", advice="nothing")

@@ -9,7 +9,7 @@ import numpy as np
 from ..infer.chains import R_HAT
 from .findings import Check, Findings, error, sentence, unchecked
 from .label_rules import rules_for
-from .training import TRAIN_LONGER
+from .training import BROKEN, CANNOT_TELL, CONVERGED, TRAIN_LONGER
 
 MANY_ROWS = 0.05  # share of rows with a high k-hat from which on LOO is doubtful
 SHARP = 0.05  # contraction below which a module has learned nothing worth its latents
@@ -30,7 +30,7 @@ def verdicts(findings: Findings) -> Iterator[Check]:
 
 def _training(f: Findings):
     t = f.training
-    verdict = {"converged": "good", "cannot tell": "not checked"}.get(t.verdict, "warning")
+    verdict = {BROKEN: "bad", CONVERGED: "good", CANNOT_TELL: "not checked"}.get(t.verdict, "warning")
     yield "training", t.verdict, "converged", verdict, sentence(t.reason), _advice(t.advice, verdict)
     if t.note:
         yield "training, left out", None, "", "not checked", sentence(t.note), ""
@@ -129,6 +129,7 @@ def _against_reference(f: Findings):
         "" if verdict == "good" else "Take a wider family, or train the scales longer.",
     )  # fmt: skip
     for name, limit in (
+        ("log sd ratio, absolute", 0.2),
         ("mean error, absolute (reference sds)", 0.2),
         ("correlation error (RMS)", 0.1),
         ("sliced Wasserstein-2 (reference sds)", 0.3),

@@ -31,10 +31,11 @@ def spectrum(result: Structure):
             axis.set_yscale("log")
             axis.tick_params(which="both", labelsize=8)
     left.axhline(1, color=GREY, linewidth=1, linestyle="--")
-    if np.isfinite(result.effective_rank):
-        left.axvline(result.effective_rank, color=ORANGE, linewidth=1)
+    if np.isfinite(result.whitened_effective_rank):
+        left.axvline(result.whitened_effective_rank, color=ORANGE, linewidth=1)
         left.annotate(
-            f"effective rank {result.effective_rank:.1f}", (result.effective_rank, 0.03), fontsize=8, color=ORANGE,
+            f"effective rank {result.whitened_effective_rank:.1f}", (result.whitened_effective_rank, 0.03), fontsize=8,
+            color=ORANGE,
             xycoords=("data", "axes fraction"), xytext=(-4, 0), textcoords="offset points", ha="right",
         )  # fmt: skip
     return figure

@@ -102,10 +102,12 @@ class Verdicts:
 
     Args:
         rows: each a Verdict or a tuple of its fields; check, meaning and advice may use the inline markup of Text.
+        name: of the table, for whoever cannot see where it stands.
         decimals: of value and threshold.
     """
 
     rows: Sequence[Verdict | tuple]
+    name: str = "Checks and their verdicts"
     decimals: int = 3
 
     def __post_init__(self):

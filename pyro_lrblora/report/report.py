@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..comparison import Comparison, check_named, compare
+from ..data import in_one_order
 from ..diagnostics.diagnose import Diagnosis, diagnose
 from ..posterior import Posterior
 from . import sections
@@ -55,6 +56,7 @@ def report(
     if not posteriors:
         raise ValueError("expected at least one posterior, got none; write {'name': posterior}")
     name, posterior = next(iter(posteriors.items()))
+    test = in_one_order(test)  # once for the checks and the comparison
     diagnosis = diagnose(
         posterior, test, train=train, validation=validation, outside=outside, reference=reference, random=random,
         votes=votes, gradient_batches=gradient_batches, draws=draws, evidence_draws=evidence_draws, seed=seed,
@@ -75,7 +77,7 @@ def report(
             Section("How it was built", list(sections.built(posterior, test, train))),
             Section("Training", list(sections.training(diagnosis.findings))),
             Section("Structure", list(sections.structure(diagnosis.findings))),
-            Section("Quality of the approximation", list(sections.quality(diagnosis.findings))),
+            Section("Quality of the approximation", list(sections.quality(diagnosis.findings, posterior.model))),
             Section("Predictions", list(sections.predictions(diagnosis.findings, name))),
             Section("Where it is unsure", list(sections.unsure(diagnosis.findings, test))),
             Section("Comparison", list(sections.comparison(comparison, diagnosis.findings))),
@@ -83,7 +85,8 @@ def report(
     )
     written = Report(document, diagnosis, comparison, path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(written.to_html() if path.suffix == ".html" else to_markdown(document, path.with_suffix("")))
+    text = written.to_html() if path.suffix == ".html" else to_markdown(document, path.with_suffix(""))
+    path.write_text(text, encoding="utf-8")
     return written
 
 

@@ -16,6 +16,7 @@ from ..diagnostics.findings import Findings
 from ..diagnostics.texts import text_scores
 from ..diagnostics.uncertainty import most_uncertain
 from ..formatting import brief
+from ..model import BayesianLoRA
 from ..plots.predictive import draws_needed, entropy_parts, pit_histogram, risk_coverage
 from ..plots.reliability import reliability_diagram
 from ..plots.structure import correlation, modules, spectrum
@@ -47,7 +48,7 @@ def summary(name: str, diagnosis: Diagnosis) -> Iterator:
     )
     for part in dict.fromkeys(check.part for check in diagnosis.checks):
         yield Text(f"**{part}**")
-        yield Verdicts([check[1:] for check in diagnosis.checks if check.part == part])
+        yield Verdicts([check[1:] for check in diagnosis.checks if check.part == part], f"{part}: checks and verdicts")
 
 
 def built(posterior: Posterior, test, train) -> Iterator:
@@ -162,7 +163,15 @@ def structure(f: Findings) -> Iterator:
         yield Note(note)
 
 
-def quality(f: Findings) -> Iterator:
+def _given(model: BayesianLoRA) -> str:
+    """What the evidence is conditional on."""
+    parts = [] if model.head == "bayesian" or not model.head_start else ["a head that is a point"]
+    if model.adapter.statistics is not None:
+        parts.append("a projection made from the data")
+    return f"Conditional on {' and on '.join(parts)}." if parts else ""
+
+
+def quality(f: Findings, model: BayesianLoRA) -> Iterator:
     if f.importance is not None:
         w, rows = f.importance, f.importance.log_likelihood.shape[1]
         bounds = {"ELBO": w.elbo, "IWAE": w.iwae, "PSIS log evidence": w.log_evidence}
@@ -174,8 +183,8 @@ def quality(f: Findings) -> Iterator:
                     "per row": {name: each.value / rows for name, each in bounds.items()},
                 }
             ),
-            f"Bounds on the log evidence from {len(w.log_q)} draws",
-            note="Conditional on a point head and on a projection made from the data.",
+            f"The log evidence from {len(w.log_q)} draws: two lower bounds and an estimate",
+            note=_given(model),
         )
         yield Picture(weight_tail(w), f"Importance weights by rank, k-hat {w.k_hat:.2f}")
     else:
