@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
+import pyro.distributions as dist
 import torch
 from pyro.nn import PyroModule
 from torch import Tensor, nn
@@ -90,6 +91,29 @@ def output_layer(network: nn.Module, head: Iterable[str]) -> str | None:
     owners = {name.rpartition(".")[0] for name in head}
     linear = [n for n, m in network.named_modules() if n in owners and isinstance(m, nn.Linear)]
     return linear[-1] if linear else None
+
+
+def head_prior(start: Mapping[str, Tensor], output: str | None, scale: float) -> dict[str, dist.Normal]:
+    """The prior of every parameter of a head, a point's and a Bayesian one's alike.
+
+    The output layer's weight is around zero, as in the probe that chose the scale. Its bias, which that scale is not
+    of, is around where it begins and as wide as it is large, at least 1: a base rate is nothing to be punished. What
+    else there is, such as a dense layer or the weight of a norm, is around its start, which a pull to zero would undo.
+
+    Args:
+        start: by dotted name, where the head begins.
+        output: dotted name of the output layer.
+        scale: standard deviation of the weights.
+    """
+    priors = {}
+    for name, value in start.items():
+        loc, sd = value, torch.full_like(value, scale)
+        if name == f"{output}.weight":
+            loc = torch.zeros_like(value)
+        elif name == f"{output}.bias":
+            sd = value.abs().clamp(min=1)
+        priors[name] = dist.Normal(loc, sd)
+    return priors
 
 
 def probe_head(model, batches) -> tuple[dict[str, Tensor], float]:

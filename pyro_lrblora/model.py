@@ -22,7 +22,7 @@ from .context import check_context
 from .data import Batch, batch_rows
 from .data.texts import IGNORED
 from .data_plate import DataPlate
-from .head import FixedHead, PointHead, check_head, check_in_memory, head_parameters, output_layer
+from .head import FixedHead, PointHead, check_head, check_in_memory, head_parameters, head_prior, output_layer
 from .parts import check_network, check_parts, output_embedding
 from .positions import positions, takes_positions
 from .priors.learned import LearnedScale
@@ -47,7 +47,8 @@ class BayesianLoRA:
             fixed_from(posterior), or "frozen" (the network's own values).
         head_modules: dotted names of the head's modules; None takes what stands outside a transformers model's base.
         head_scale: standard deviation of the Normal prior on head weights, whether sampled, trained to a point, or
-            fitted as the linear probe; None lets `prepare` choose it by cross-validation of the probe.
+            fitted as the linear probe; None lets `prepare` choose it by cross-validation of the probe. Around what the
+            parameters are, and how wide the output's bias is: pyro_lrblora.head.head_prior.
         tokenizer: used for every datasets.Dataset given to this model or its posteriors.
         size: N, the number of training rows; `prepare` and `fit` find it themselves.
         dropout: run the network in training mode while fitting.
@@ -140,9 +141,8 @@ class BayesianLoRA:
     @property
     def classes(self) -> int | None:
         """C, from the head's output layer or the network's config."""
-        layer = output_layer(self.network, self.head_start)
-        if layer is not None:
-            return self.network.get_submodule(layer).out_features
+        if self._output_layer is not None:
+            return self.network.get_submodule(self._output_layer).out_features
         return getattr(getattr(self.network, "config", None), "num_labels", None)
 
     @property
@@ -194,10 +194,8 @@ class BayesianLoRA:
             if missing:
                 raise KeyError(f"expected the prior to return every latent site {list(shapes)}, missing {missing}")
             if self.head == "bayesian":
-                head = dist.Normal(0.0, self.head_scale or 1.0)
                 values = dict(values) | {
-                    name: pyro.sample(name, head.expand(start.shape).to_event())
-                    for name, start in self.head_start.items()
+                    name: pyro.sample(name, prior.to_event()) for name, prior in self._head_prior().items()
                 }
         return values
 
@@ -206,10 +204,15 @@ class BayesianLoRA:
         return self._fixed_head if self.point_head is None else self.point_head()
 
     def head_penalty(self, head: Mapping[str, Tensor]) -> Tensor | float:
-        """Minus the log prior of a point head's weights, in nats up to a constant; biases have a flat prior."""
+        """Minus the log prior of a point head, in nats up to a constant."""
         if self.point_head is None:
             return 0.0
-        return sum(0.5 * w.square().sum() for w in head.values() if w.dim() > 1) / (self.head_scale or 1.0) ** 2
+        prior = self._head_prior()
+        return sum(0.5 * ((w - prior[name].loc) / prior[name].scale).square().sum() for name, w in head.items())
+
+    def _head_prior(self) -> dict[str, dist.Normal]:
+        start = {name: value.to(self.device) for name, value in self.head_start.items()}
+        return head_prior(start, self._output_layer, self.head_scale or 1.0)
 
     def outputs(self, batch: Batch, values: Mapping[str, Tensor], head: Mapping[str, Tensor]):
         """What the network returns for a batch at given latents, one draw or one per row.
@@ -354,6 +357,7 @@ class BayesianLoRA:
         new = copy.copy(self)
         new.__dict__.update(changes)
         new._learned_scale = None  # a copy learns the scale anew
+        new._attachment, new._precision = None, "fp32"  # and what is attached is the model it was made of
         return new
 
     def _set_head(self, head: str | FixedHead, start: Mapping[str, Tensor]) -> None:
@@ -364,6 +368,7 @@ class BayesianLoRA:
             self._fixed_head = {name: value.to(self.device) for name, value in head.values.items()}
         elif head == "frozen":
             self._fixed_head = {name: self.network.get_parameter(name).detach() for name in start}
+        self._output_layer = output_layer(self.network, self.head_start)
         # A name of its own, so that two heads never meet in Pyro's param store.
         name = f"head_{uuid.uuid4().hex[:8]}"
         self.point_head = PointHead(self.head_start, name) if head == "point" and start else None

@@ -72,7 +72,8 @@ class Posterior:
     @property
     def has_bound(self) -> bool:
         """Whether a fit of it maximises an evidence bound, since its guide has a density, or else the log joint."""
-        at_mode = self.is_point or self.guide_spec is AutoLaplaceApproximation
+        spec = getattr(self.guide_spec, "func", self.guide_spec)  # of a partial
+        at_mode = self.is_point or spec is AutoLaplaceApproximation
         return not at_mode and getattr(self.guide, "has_density", True)
 
     @local_parameters

@@ -372,3 +372,10 @@ def test_mixture_variance_far_from_zero_in_float32():
     """Subtracting the squared mean from the mean square would leave nothing of it."""
     q = EqualMixture(torch.full((2, 3), 1000.0), torch.full((2, 3), 0.01))
     torch.testing.assert_close(q.variance, torch.full((3,), 1e-4))
+
+
+def test_a_variance_below_rounding_is_not_zero():
+    """As many factors as dimensions, and data 10^9 times as sharp as the prior."""
+    q = LowRankPrecisionNormal(torch.zeros(4), 3e4 * torch.eye(4), torch.ones(4))
+    assert (q.variance > 0).all()
+    assert q.variance.max() < 1e-6

@@ -391,3 +391,9 @@ def test_blob_widens_one_factor_alone():
     for wrong in (("C",), ("A", "B")):
         with pytest.raises(ValueError, match="expected point_sites among"):
             lb.guides.Diagonal(point_sites=wrong)(model)
+
+
+def test_options_of_a_fit_that_swag_does_not_make_are_refused():
+    model = lb.BayesianLoRA(tiny_bert(), lb.LoRAXS(2))
+    with pytest.raises(ValueError, match=r"no options of svi with burn_in=0.*\['schedule'\]"):
+        lb.infer.swag(model, token_batches(16), burn_in=0, schedule="linear", progress=False)

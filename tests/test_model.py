@@ -289,3 +289,77 @@ def test_a_prior_with_parameters_of_its_own_is_refused():
 
     with pytest.raises(ValueError, match="my_scale.*priors.Learned"):
         lb.fit(lb.BayesianLoRA(tiny_bert(), lb.LoRAXS(2), scaled), token_batches(), progress=False)
+
+
+def test_one_prior_of_the_head_spares_base_rates_and_what_was_pretrained():
+    from test_adapters import tiny_roberta
+
+    batches = token_batches(rows=64)
+    for batch in batches:
+        batch["labels"] = (batch["labels"] == 0) * torch.tensor([1, 0, 0, 0, 0, 0, 0, 0])  # few of one class
+    model = lb.BayesianLoRA(tiny_roberta(), lb.LoRAXS(2), head="bayesian", head_scale=0.1).prepare(batches)
+    sites = pyro.poutine.trace(model.sample_prior).get_trace().nodes
+    start = model.head_start
+    output = sites["classifier.out_proj.weight"]["fn"].base_dist
+    assert not output.loc.any()
+    assert (output.scale == 0.1).all()
+    bias = sites["classifier.out_proj.bias"]["fn"].base_dist
+    assert start["classifier.out_proj.bias"].abs().max() > 0.3
+    assert torch.equal(bias.loc, start["classifier.out_proj.bias"])
+    assert (bias.scale >= 1).all()
+    dense = sites["classifier.dense.weight"]["fn"].base_dist
+    assert torch.equal(dense.loc, start["classifier.dense.weight"])
+    point = model.with_head("point")
+    values = {name: value + 0.01 for name, value in start.items()}
+    wanted = sum(-(fn := sites[name]["fn"]).log_prob(v) + fn.log_prob(fn.mean) for name, v in values.items())
+    assert float(point.head_penalty(values)) == pytest.approx(float(wanted), rel=1e-4)
+
+
+def test_a_bayesian_head_keeps_a_rare_class_rare():
+    """One row in forty: with the weights' narrow prior on the bias too, it was predicted three times as often."""
+    batches = token_batches(rows=160, classes=2)
+    rows = iter(range(160))
+    for batch in batches:
+        batch["labels"] = torch.tensor([int(next(rows) % 40 == 0) for _ in batch["labels"]])
+    model = lb.BayesianLoRA(tiny_bert(2), lb.LoRAXS(2), lb.priors.Normal(0.01), head="bayesian", head_scale=0.05)
+    posterior = lb.fit(model, batches, epochs=20, progress=False)
+    assert float(lb.predict(posterior, batches).probs[:, 1].mean()) == pytest.approx(4 / 160, abs=0.012)
+
+
+def test_a_model_made_while_another_is_attached_is_not():
+    model = lb.BayesianLoRA(tiny_bert(), lb.LoRAXS(2), size=40)
+    batch = token_batches()[0]
+    with model.attached():
+        copy = model.with_prior(lb.priors.Normal(1.0))
+    values = {"R": torch.ones(model.sites.shapes["R"])}
+    before = {name: value.clone() for name, value in model.network.state_dict().items()}
+    found, wanted = (each.outputs(batch, values, each.head_values()).logits for each in (copy, model))
+    torch.testing.assert_close(found, wanted)
+    assert all(torch.equal(before[name], value) for name, value in model.network.state_dict().items())
+
+
+def plated(shapes):
+    with pyro.plate("modules", next(iter(shapes.values()))[0]):
+        scales = pyro.sample("scale", dist.LogNormal(-2.0, 1.0))
+    return {n: pyro.sample(n, dist.Normal(0, scales[:, None, None].expand(s)).to_event(3)) for n, s in shapes.items()}
+
+
+def computed(shapes):
+    return {
+        n: pyro.deterministic(n, 0.1 * pyro.sample(f"raw_{n}", dist.Normal(0, 1).expand(s).to_event(3)), event_dim=3)
+        for n, s in shapes.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("prior", "message"), [(plated, r"without pyro.plate.*\['modules'\]"), (computed, r"sample the latents.*\['R'\]")]
+)
+@pytest.mark.parametrize("kl", ["auto", "mc"])
+def test_priors_that_cannot_be_fitted_say_why(prior, message, kl):
+    with pytest.raises(ValueError, match=message):
+        lb.fit(lb.BayesianLoRA(tiny_bert(), lb.LoRAXS(2), prior), token_batches(), epochs=1, kl=kl, progress=False)
+
+
+def test_a_device_without_float64_is_refused():
+    with pytest.raises(ValueError, match="'mps', which has no float64"):
+        lb.fit(lb.BayesianLoRA(tiny_bert(), lb.LoRAXS(2)), token_batches(), device="mps", progress=False)

@@ -297,3 +297,15 @@ def test_dct_rows_are_scipys(size):
     torch.testing.assert_close(basis.B.T, reference[:4], atol=1e-6, rtol=0)
     wider = torch.from_numpy(scipy.fft.dct(np.eye(size + 3), type=2, norm="ortho", axis=0)).float()
     torch.testing.assert_close(basis.A, wider[:4], atol=1e-6, rtol=0)
+
+
+def test_labels_drawn_for_a_projection_are_those_of_the_seed():
+    """Above 10 classes the network's own labels are drawn: from prepare's seed, and nothing else moves."""
+    bases, model = [], lb.BayesianLoRA(tiny_bert(12), lb.LoRAXS(2, P.Gradient(label_free=True)))
+    for _ in range(2):
+        before = torch.get_rng_state()
+        prepared_ = model.prepare(token_batches(), probe=False)
+        assert torch.equal(before, torch.get_rng_state())
+        torch.rand(3)
+        bases.append(prepared_.adapted.tensors())
+    assert all(torch.equal(bases[0][name], bases[1][name]) for name in bases[0])

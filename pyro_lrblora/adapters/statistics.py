@@ -22,7 +22,11 @@ def bind(model, batches: Iterable[Mapping[str, Tensor]], seed: int):
         batches: the training data.
         seed: of the projection's random choices.
     """
-    statistics = {} if model.adapter.statistics is None else sum_statistics(model, batches)
+    statistics = {}
+    if model.adapter.statistics is not None:
+        with torch.random.fork_rng():  # labels may be drawn, see score_losses
+            torch.manual_seed(seed)
+            statistics = sum_statistics(model, batches)
     return model.adapter.bind(model.modules, statistics, torch.Generator().manual_seed(seed))
 
 

@@ -26,7 +26,9 @@ class CovarianceFactors:
     @property
     def variance(self) -> Tensor:
         """Marginal variances, (..., D)."""
-        return self.diagonal + self.sign * self.factor.square().sum(-1)
+        variance = self.diagonal + self.sign * self.factor.square().sum(-1)
+        # Where a factor removes nearly all of it, the rest is below rounding: not zero, and not negative.
+        return variance.maximum(torch.finfo(variance.dtype).eps * self.diagonal)
 
     def times(self, vectors: Tensor) -> Tensor:
         """The covariance times vectors (..., D)."""

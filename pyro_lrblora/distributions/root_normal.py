@@ -88,12 +88,7 @@ class FullRankNormal(RootNormal):
         return torch.einsum("...ij,...j->...i", self.scale_tril, noise)
 
     def _inverse_root(self, difference: Tensor) -> Tensor:
-        # Draws as columns of one solve: broadcasting would copy the root for each of them.
-        batch = self.scale_tril.shape[:-2]
-        difference = difference.expand(torch.broadcast_shapes(difference.shape, (*batch, 1)))
-        columns = difference.reshape(-1, *batch, difference.shape[-1]).movedim(0, -1)
-        solved = torch.linalg.solve_triangular(self.scale_tril, columns, upper=False)
-        return solved.movedim(-1, 0).reshape(difference.shape)
+        return _solved(self.scale_tril, difference.unsqueeze(-1)).squeeze(-1)
 
     @property
     def _half_log_det(self) -> Tensor:
@@ -127,11 +122,11 @@ class MatrixNormal(RootNormal):
         return RotatedCovariance(self.row_tril, self.column_tril, ones)
 
     def _root(self, noise: Tensor) -> Tensor:
-        return self.row_tril @ noise @ self.column_tril.mT
+        return _both_sides(self.row_tril, noise, self.column_tril)
 
     def _inverse_root(self, difference: Tensor) -> Tensor:
-        rows = torch.linalg.solve_triangular(self.row_tril, difference, upper=False)
-        return torch.linalg.solve_triangular(self.column_tril, rows.mT, upper=False).mT
+        rows = _solved(self.row_tril, difference)
+        return _solved(self.column_tril, rows.mT).mT
 
     @property
     def _half_log_det(self) -> Tensor:
@@ -168,14 +163,28 @@ class RotatedNormal(RootNormal):
         return RotatedCovariance(self.left, self.right, self.scale)
 
     def _root(self, noise: Tensor) -> Tensor:
-        return self.left @ (self.scale * noise) @ self.right.mT
+        return _both_sides(self.left, self.scale * noise, self.right)
 
     def _inverse_root(self, difference: Tensor) -> Tensor:
-        return (self.left.mT @ difference @ self.right) / self.scale
+        return _both_sides(self.left.mT, difference, self.right.mT) / self.scale
 
     @property
     def _half_log_det(self) -> Tensor:
         return self.scale.log().sum((-2, -1))
+
+
+def _both_sides(left: Tensor, matrices: Tensor, right: Tensor) -> Tensor:
+    """left @ matrices (..., r, c) @ right.T, without a copy of left and right for every matrix."""
+    return torch.einsum("...ij,...jc,...kc->...ik", left, matrices, right)
+
+
+def _solved(root: Tensor, matrices: Tensor) -> Tensor:
+    """root^-1 @ matrices (..., r, c), draws as columns of one solve: broadcasting would copy the root for each."""
+    batch = root.shape[:-2]
+    matrices = matrices.expand(torch.broadcast_shapes(matrices.shape, (*batch, 1, 1)))
+    columns = matrices.reshape(-1, *batch, *matrices.shape[-2:]).movedim(0, -2)  # (batch, r, draws, c)
+    solved = torch.linalg.solve_triangular(root, columns.flatten(-2), upper=False)
+    return solved.unflatten(-1, columns.shape[-2:]).movedim(-2, 0).reshape(matrices.shape)
 
 
 @register_kl(RootNormal, Independent)

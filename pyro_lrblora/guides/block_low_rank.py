@@ -40,6 +40,8 @@ class BlockLowRank:
 
 
 class BlockLowRankGuide(LatentGuide):
+    symmetric = True
+
     def __init__(self, model, rank: int, form: str, start_scale: float):
         super().__init__(model)
         self.form = form

@@ -25,6 +25,7 @@ class Delta:
 class DeltaGuide(LatentGuide):
     extra_family = AutoDelta
     has_density = False
+    symmetric = True
     rowwise = None  # every row's draw would be the same
 
     def __init__(self, model):

@@ -39,6 +39,8 @@ class Diagonal:
 
 
 class DiagonalGuide(LatentGuide):
+    symmetric = True
+
     def __init__(self, model, start_scale: float, point_sites: Sequence[str] = ()):
         super().__init__(model)
         loc, prior_sd = self.starting_point(model)

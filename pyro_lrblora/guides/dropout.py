@@ -40,7 +40,6 @@ class Dropout:
 class DropoutGuide(LatentGuide):
     extra_family = AutoDelta
     has_density = False
-    symmetric = False
 
     def __init__(self, model, rate: float):
         super().__init__(model)

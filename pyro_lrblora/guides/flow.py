@@ -42,8 +42,6 @@ class Flow:
 
 
 class FlowGuide(LatentGuide):
-    symmetric = False
-
     def __init__(self, model, layers: int, hidden: int, start_scale: float):
         super().__init__(model)
         loc, prior_sd = self.starting_point(model)

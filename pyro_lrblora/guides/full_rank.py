@@ -13,7 +13,7 @@ from torch.distributions import constraints
 from ..distributions import Blocks, FullRankNormal
 from .latent_guide import Curvature, LatentGuide
 
-_COPIES = 6  # factor, gradient, two of Adam, the Cholesky factor made of it and its gradient
+_COPIES = 9  # the factor in float64 at the start, its Cholesky factor and temporaries; Adam needs six in float32
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,8 @@ class FullRank:
 
 
 class FullRankGuide(LatentGuide):
+    symmetric = True
+
     def __init__(self, model, per_module: bool, start_scale: float):
         super().__init__(model)
         loc, prior_sd = self.starting_point(model)

@@ -67,16 +67,17 @@ class Curvature:
             q: over the flat latents, with mean and variance.
             prior_precision: (D,).
         """
+        here = lambda value: value.to(prior_precision.device)  # q may have been fitted on another
         if isinstance(q, LowRankPrecisionNormal):
-            vectors, singular, _ = torch.linalg.svd(q.precision_factor, full_matrices=False)
-            values, rest = singular.square(), q.precision_diag
+            vectors, singular, _ = torch.linalg.svd(here(q.precision_factor), full_matrices=False)
+            values, rest = singular.square(), here(q.precision_diag)
         else:
-            rest = q.variance.reciprocal()
+            rest = here(q.variance).reciprocal()
             vectors, values = rest.new_zeros(len(rest), 0), rest.new_zeros(0)
         # Where q is wider than the prior, the "prior" part shrinks so that the sum is q's.
         prior_precision = prior_precision.minimum(rest)
         diagonal = rest - prior_precision + (vectors.square() * values).sum(-1)
-        return cls(q.mean, prior_precision, Fisher(diagonal, vectors, values))
+        return cls(here(q.mean), prior_precision, Fisher(diagonal, vectors, values))
 
 
 class LatentGuide(PyroModule):
@@ -86,7 +87,8 @@ class LatentGuide(PyroModule):
     and sets the parameters from a `Curvature` in `begin`. Everything else is here: draws shared or per row, sites as
     views of the vector, and an independent Normal (in unconstrained space) for a prior's scales and a Bayesian
     head. Parameters with "scale" or "factor" in their names get the learning rates of that name. A spec may have a
-    `fisher_rank`: how many leading eigenvectors its warm start wants, 0 for no pass over the data.
+    `fisher_rank`: how many leading eigenvectors its warm start wants, 0 for no pass over the data. A family of normals
+    says `symmetric = True`, for mirrored draws and the linearised predictive.
 
     Args:
         model: a BayesianLoRA.
@@ -94,7 +96,7 @@ class LatentGuide(PyroModule):
 
     extra_family = AutoNormal
     has_density = True  # False: draws only, such as a point; nothing then has an evidence bound
-    symmetric = True  # about its mean, so that mirrored draws are draws
+    symmetric = False  # True of a normal: draws mirrored at its mean are draws, and its covariance says all
 
     def __init__(self, model):
         # Pyro's param store goes by name: without one of its own, two guides in a process would share parameters.

@@ -39,6 +39,8 @@ class LowRankPrecision:
 
 
 class LowRankPrecisionGuide(LatentGuide):
+    symmetric = True
+
     def __init__(self, model, rank: int, start_scale: float):
         super().__init__(model)
         self.loc, self.scale, self.factor = low_rank_parameters(self, model, rank, start_scale)

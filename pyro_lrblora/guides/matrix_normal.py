@@ -32,6 +32,8 @@ class MatrixNormal:
 
 
 class MatrixNormalGuide(LatentGuide):
+    symmetric = True
+
     def __init__(self, model, start_scale: float):
         super().__init__(model)
         loc, prior_sd = self.starting_point(model)

@@ -22,7 +22,7 @@ class Mirrored(Messenger):
         name, fn = msg["name"], msg["fn"]
         if msg["done"] or not (name == "_latents" or name.endswith("_unconstrained")):
             return
-        if fn.batch_shape:
+        if name == "_latents" and fn.batch_shape:
             msg["value"] = mirrored(fn)
         elif name in self._waiting:
             msg["value"] = 2 * fn.mean - self._waiting.pop(name)

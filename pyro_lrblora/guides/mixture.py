@@ -44,8 +44,6 @@ class Mixture:
 
 
 class MixtureGuide(LatentGuide):
-    symmetric = False
-
     def __init__(self, model, spec: Mixture):
         super().__init__(model)
         loc, prior_sd = self.starting_point(model)

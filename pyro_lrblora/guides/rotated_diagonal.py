@@ -34,6 +34,8 @@ class RotatedDiagonal:
 
 
 class RotatedDiagonalGuide(LatentGuide):
+    symmetric = True
+
     def __init__(self, model, start_scale: float):
         super().__init__(model)
         loc, prior_sd = self.starting_point(model)

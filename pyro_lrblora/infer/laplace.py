@@ -153,9 +153,9 @@ def _best_scales(model: BayesianLoRA, curvature, at: Tensor, per_module: bool) -
     places = list(model.sites.modules())
     modules = len(model.modules) if per_module else 1
     squares = torch.stack([at[where].double().square().sum() for where in places])
-    sizes = torch.tensor([where.stop - where.start for where in places], dtype=torch.float64)
-    owner = torch.arange(len(places)) % modules
-    expand = torch.cat([torch.full((int(n),), int(m)) for n, m in zip(sizes, owner, strict=True)])
+    counts = torch.tensor([where.stop - where.start for where in places], device=at.device)
+    sizes, owner = counts.double(), torch.arange(len(places), device=at.device) % modules
+    expand = owner.repeat_interleave(counts)
     precision = _prior_precision(model)
     start = torch.stack([precision.double().log()[expand == m].mean() for m in range(modules)])
     # A module that the data do not move wants an infinite precision. The start is inside, where there is a gradient.

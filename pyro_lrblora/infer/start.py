@@ -70,12 +70,14 @@ def start_at(model: BayesianLoRA, init: Posterior | None, train, tokenizer) -> P
 
 def prior_sites(model: BayesianLoRA) -> tuple[dict[str, object], list[str]]:
     """The distributions of the latent sites by name, and the names of all other sites (scales, a Bayesian head)."""
-    if model._adapted is not None or model.adapter.statistics is None:
-        trace, latents = poutine.trace(model.sample_prior).get_trace(), list(model.sites.shapes)
-    else:
-        # The subspace is not known yet; what kind of prior it is shows on a stand-in.
-        latents = ["R"]
-        trace = poutine.trace(model.prior).get_trace({"R": torch.Size([len(model.modules), 2, 2])})
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        if model._adapted is not None or model.adapter.statistics is None:
+            trace, latents = poutine.trace(model.sample_prior).get_trace(), list(model.sites.shapes)
+        else:
+            # The subspace is not known yet; what kind of prior it is shows on a stand-in.
+            latents = ["R"]
+            trace = poutine.trace(model.prior).get_trace({"R": torch.Size([len(model.modules), 2, 2])})
     others = sorted(set(trace.stochastic_nodes) - set(latents))
     return {name: trace.nodes[name]["fn"] for name in latents}, others
 
@@ -120,4 +122,5 @@ def spread_guide(guide, model, spec, train, init, warm_start: bool, rows: int | 
 
 
 def _start(model, init: Posterior | None) -> dict[str, torch.Tensor]:
-    return model.start() if init is None else {name: value.clone() for name, value in init.mean().items()}
+    # Copies on the model's device: init may have been fitted on another.
+    return model.start() if init is None else {n: value.to(model.device, copy=True) for n, value in init.mean().items()}

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from pyro import poutine
 from pyro.infer.autoguide import AutoLaplaceApproximation
+from pyro.poutine.util import site_is_subsample
 from tqdm.auto import tqdm
 
 from ..data import as_batches
@@ -96,13 +97,15 @@ def svi(
             declares it and memory allows.
         particles: draws, per row or per batch, that every step averages over.
         antithetic: draws in pairs mirrored at the guide's mean; shared draws need an even number of particles.
-        path_derivative: leave out the score term of log q ("sticking the landing"); Monte Carlo KL only.
+        path_derivative: leave out the score term of log q of the latents ("sticking the landing"), not of a prior's own
+            sites or a Bayesian head; Monte Carlo KL only.
         accumulate: batches per optimiser step.
         patience: stop after so many epochs without a better validation NLL and go back to the best; None runs all.
         keep_best: go back to the epoch with the best validation NLL at the end, whether or not anything stopped early.
         validation_draws: posterior draws for that NLL.
         seed: of everything random here.
-        device: None leaves the network where it is; "auto", "cpu", "cuda" or "mps" moves it.
+        device: None leaves the network where it is; "cpu", "cuda" or "auto" ("cuda" where there is one) moves it.
+            Apple's "mps" has no float64, which the algebra of probes and guides needs.
         precision: "fp32", or "bf16" or "fp16" for autocast in the network alone; guide and loss stay in float32, and
             fp16 scales the loss.
         checkpoint: folder that the fit is written to after every epoch; what this very call left there is gone on with,
@@ -150,6 +153,8 @@ def svi(
         raise ValueError("expected kl='mc' or 'auto' with path_derivative=True: a closed-form KL has no score term")
     if device is not None and len(set(getattr(model.network, "hf_device_map", {}).values())) > 1:
         raise ValueError(f"expected device=None for a network spread by a device_map, got device={device!r}")
+    if "mps" in (device, model.device.type):
+        raise ValueError("expected a CPU or CUDA device, got 'mps', which has no float64; write device='cpu'")
     check_guide_spec(guide)
     tokenizer = tokenizer or model.tokenizer
     given, train = train, as_batches(train, tokenizer, batch_size=batch_size, shuffle=seed).restarted()
@@ -201,10 +206,12 @@ def svi(
             if map_epochs:
                 init = svi(
                     model, train, guide=Delta(), epochs=map_epochs, rates=rates, init=init, warm_start=False, seed=seed,
-                    precision=precision, progress=progress,
+                    schedule=schedule, warmup=warmup, clip=clip, accumulate=accumulate, precision=precision,
+                    progress=progress,
                 )  # fmt: skip
                 model = in_subspace(model, init, train, tokenizer)
             model = workers.model_of_first(model, tokenizer)
+        _check_prior(model)
         fitted = base_guide(model, guide, init)
         closed = kl != "mc" and not path_derivative and has_closed_form(model, fitted)
         if kl == "closed" and not closed:
@@ -277,7 +284,7 @@ def _check_estimator(guide, antithetic: bool, path_derivative: bool, per_row: bo
         raise ValueError(f"expected an even number of particles with shared antithetic draws, got {particles}")
 
 
-def _check_sites(model, guide) -> None:
+def _check_prior(model) -> None:
     prior = poutine.trace(model.sample_prior).get_trace()
     trained = [] if model.learned_scale is not None else list(prior.param_nodes)
     if trained:
@@ -285,7 +292,22 @@ def _check_sites(model, guide) -> None:
             f"expected a prior without parameters of its own, got pyro.param {trained}, which a fit would not train; "
             "write priors.Learned(...) for a trained scale"
         )
-    wanted = set(prior.stochastic_nodes)
+    plates = [name for name, node in prior.nodes.items() if site_is_subsample(node)]
+    if plates:
+        raise ValueError(
+            f"expected a prior without pyro.plate, which would take the data's place, got {plates}; write "
+            "dist.Normal(...).expand([L]).to_event(1)"
+        )
+    latents = set(model.sites.shapes) - set(prior.stochastic_nodes)
+    if latents:
+        raise ValueError(
+            f"expected the prior to sample the latents themselves, got {sorted(latents)} otherwise, such as by "
+            "pyro.deterministic; write pyro.sample(name, dist.Normal(0, scale).expand(shape).to_event())"
+        )
+
+
+def _check_sites(model, guide) -> None:
+    wanted = set(poutine.trace(model.sample_prior).get_trace().stochastic_nodes)
     missing = sorted(wanted - set(poutine.trace(guide).get_trace().stochastic_nodes))
     if missing:
         raise ValueError(
@@ -320,7 +342,7 @@ def _line(row: dict) -> str:
 def _device(name: str) -> str:
     if name != "auto":
         return name
-    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:

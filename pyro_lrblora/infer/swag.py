@@ -78,6 +78,8 @@ def swag(
         raise ValueError(f"expected covariance_scale > 0, got {covariance_scale!r}")
     if precision not in PRECISIONS:
         raise ValueError(f"expected precision to be one of {list(PRECISIONS)}, got {precision!r}")
+    if burn_in == 0 and options:
+        raise ValueError(f"expected no options of svi with burn_in=0, which fits no point, got {sorted(options)}")
     _check_latents_only(model)
     tokenizer = tokenizer or model.tokenizer
     given, train = train, as_batches(train, tokenizer, batch_size=batch_size, shuffle=seed).restarted()

@@ -35,9 +35,11 @@ class Gradient:
             return {"gradient": torch.einsum("btm,btn->mn", gradients, inputs)}
         # With G = g' x of a row's T tokens, G G' = g' (x x') g: T x T numbers a row instead of the m x n of G.
         gram = lambda tokens: tokens @ tokens.mT
+        # Summed in the product: a matrix for every row would be B times as large.
+        summed = lambda one, other: one.flatten(0, 1).T @ other.flatten(0, 1)
         return {
-            "left": (gradients.mT @ gram(inputs) @ gradients).sum(0),
-            "right": (inputs.mT @ gram(gradients) @ inputs).sum(0),
+            "left": summed(gradients, gram(inputs) @ gradients),
+            "right": summed(inputs, gram(gradients) @ inputs),
         }
 
     def summed_gradient(self, statistics: Mapping[str, Tensor]) -> Tensor:
