@@ -11,7 +11,7 @@ import torch
 from .data import as_batches
 from .guides.draws import DrawsGuide
 from .posterior import Posterior
-from .predictions import TokenPrediction
+from .predictions import Prediction, TokenPrediction
 from .predictive import predict
 from .prior_predictive import prior_draws
 
@@ -55,11 +55,16 @@ def to_arviz(posterior: Posterior, data=None, draws: int | None = None, seed: in
         if isinstance(prediction, TokenPrediction):
             groups["log_likelihood"] = by_chain({"text": prediction.log_likelihood})
             groups["observed_data"] = {"tokens": batches.labels.numpy()}
-        elif prediction.labels is not None:
+        elif prediction.labels is not None and not _hidden(prediction):
             groups["log_likelihood"] = by_chain({"labels": prediction.log_likelihood})
             groups["observed_data"] = {"labels": prediction.labels.numpy()}
     dims, coords = _dims_and_coords(posterior.model, groups["posterior"])
     return from_groups(groups, dims, coords)
+
+
+def _hidden(prediction) -> bool:
+    """Whether labels are kept back, as those of many test splits are: -1 is no class."""
+    return isinstance(prediction, Prediction) and bool((prediction.labels < 0).any())
 
 
 def posterior_draws(posterior: Posterior, draws: int | None = None, seed: int = 0) -> tuple[dict, int]:

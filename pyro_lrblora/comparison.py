@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import time
 from collections.abc import Iterable, Iterator, Mapping
 
@@ -115,6 +116,10 @@ class Comparison(pd.DataFrame):
     A selection of it, and everything else that pandas makes of it, is a plain DataFrame.
     """
 
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the same blocks and notes."""
+        return f"<pre>{html.escape(repr(self))}</pre>"
+
     def __repr__(self) -> str:
         blocks = {
             "On test rows:": [name for name in self if name not in _EVIDENCE + _COSTS],
@@ -166,6 +171,11 @@ def check_named(posteriors) -> None:
     """Raise a TypeError unless the posteriors come by name."""
     if not isinstance(posteriors, Mapping):
         raise TypeError(f"expected posteriors by name, got {type(posteriors).__name__}; write {{'name': posterior}}")
+    for name, posterior in posteriors.items():
+        if not (isinstance(name, str) and isinstance(posterior, Posterior)):
+            raise TypeError(
+                f"expected posteriors by name, got {name!r}: {type(posterior).__name__}; write {{'name': lb.fit(...)}}"
+            )
 
 
 def _checked(posteriors: Mapping[str, Posterior], given: Mapping, tokenizer) -> dict[str, dict]:
@@ -176,6 +186,9 @@ def _checked(posteriors: Mapping[str, Posterior], given: Mapping, tokenizer) -> 
     classes = {name: posterior.model.classes for name, posterior in posteriors.items()}
     if len(set(classes.values())) > 1:
         raise ValueError(f"expected posteriors over the same classes, got these numbers of classes: {classes}")
+    kinds = {name: repr(posterior.model.likelihood) for name, posterior in posteriors.items()}
+    if len({posterior.model.predicts_classes for posterior in posteriors.values()}) > 1:
+        raise ValueError(f"expected posteriors that predict the same kind of thing, got the likelihoods {kinds}")
     taken = [name for name in posteriors if name.endswith(_SUFFIXES)]
     if taken:
         raise ValueError(

@@ -300,6 +300,7 @@ class BayesianLoRA:
 
     def with_prior(self, prior: Callable) -> BayesianLoRA:
         """The same subspace and head start under another prior."""
+        check_parts(self.adapter, prior, self.likelihood)
         return self._copy(prior=prior).with_head(self.head)
 
     def with_head(self, head: str | FixedHead) -> BayesianLoRA:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 
 from torch import nn
+from torch.distributions import Distribution
 
 from .likelihoods import Categorical
 
@@ -15,7 +16,8 @@ def check_parts(adapter, prior, likelihood) -> None:
     for role, part in {"adapter": adapter, "prior": prior, "likelihood": likelihood}.items():
         if isinstance(part, type):
             raise TypeError(f"expected {role}={part.__name__}(...), got the class itself; write {part.__name__}()")
-        if not (hasattr(part, "bind") if role == "adapter" else callable(part)):
+        known = hasattr(part, "bind") if role == "adapter" else callable(part) and not isinstance(part, Distribution)
+        if not known:
             raise TypeError(f"expected {role}= such as {examples[role]}, got {part!r}")
 
 
@@ -23,6 +25,8 @@ def check_network(network: nn.Module, likelihood) -> None:
     """Raise a ValueError for a network that the adapter's hooks would not run in, that is adapted already, or that
     returns no logits of the classes a likelihood wants.
     """
+    if not isinstance(network, nn.Module):
+        raise TypeError(f"expected a network, a torch module, got {network!r}; write AutoModel....from_pretrained(...)")
     if type(network).__name__ == "OptimizedModule":
         raise ValueError("expected a network that is not compiled, got one of torch.compile; give network._orig_mod")
     if any(getattr(module, "_compiled_call_impl", None) is not None for module in network.modules()):

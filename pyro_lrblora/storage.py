@@ -8,6 +8,7 @@ import json
 import os
 from importlib.metadata import version
 from pathlib import Path
+from typing import ClassVar
 
 import pyro
 import torch
@@ -198,14 +199,31 @@ def _check_base(network: nn.Module, head: set[str], names: list[str], saved: Ten
         )
 
 
+@dataclasses.dataclass(frozen=True)
+class _OwnProjection:
+    """A projection of the user's own, which a file can only name: A and B, which it chose, are in the file."""
+
+    name: str
+    statistics: ClassVar[None] = None
+
+    def __repr__(self) -> str:
+        return self.name
+
+    def __call__(self, *args):
+        raise TypeError(f"expected no new subspace of a loaded posterior, whose projection was your own {self.name}")
+
+
 def describe(spec) -> dict:
     """A spec as JSON: its class and fields; a user's own function by its repr only."""
+    if isinstance(spec, _OwnProjection):
+        return {"own": spec.name}
     if dataclasses.is_dataclass(spec) and type(spec).__module__.startswith(__package__):
 
         def nested(value):
-            if isinstance(value, list | tuple | range):
-                return [nested(v) for v in value]
-            return describe(value) if dataclasses.is_dataclass(value) or isinstance(value, type) else value
+            if isinstance(value, list | tuple | range | set | frozenset):
+                return [nested(v) for v in (sorted(value) if isinstance(value, set | frozenset) else value)]
+            plain = value is None or isinstance(value, bool | int | float | str) or hasattr(value, "tolist")
+            return value if plain else describe(value)
 
         fields = {f.name: nested(getattr(spec, f.name)) for f in dataclasses.fields(spec)}
         return {"type": type(spec).__name__, "fields": fields}
@@ -227,6 +245,8 @@ def _restore(card: dict, namespace, given, role: str):
     def nested(value):
         if isinstance(value, list):
             return [nested(v) for v in value]
+        if namespace is adapters and isinstance(value, dict) and "own" in value:
+            return _OwnProjection(value["own"])
         inner = projections if namespace is adapters else namespace
         return _restore(value, inner, None, role) if isinstance(value, dict) else value
 

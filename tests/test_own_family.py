@@ -15,6 +15,8 @@ def test_a_family_of_ones_own():
     """What docs/concepts.md shows: a guide in fifteen lines, through fit, sample and predict."""
 
     class Isotropic(lb.guides.LatentGuide):
+        symmetric = True
+
         def __init__(self, model):
             super().__init__(model)
             self.loc = torch.nn.Parameter(self.starting_point(model)[0])

@@ -38,7 +38,7 @@ class LoRAXS:
     budget: int | None = None
 
     def __post_init__(self):
-        if not hasattr(self.projection, "statistics"):
+        if isinstance(self.projection, type) or not hasattr(self.projection, "statistics"):
             raise TypeError(
                 f"expected a projection with `statistics`, such as projections.SVD(), got {self.projection!r}; see "
                 "pyro_lrblora.projections.Projection"

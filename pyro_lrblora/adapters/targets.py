@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from numbers import Integral
 
 import torch
 from torch import Tensor, nn
@@ -93,6 +94,11 @@ def find_targets(
     Raises:
         ValueError: nothing matched; the message lists what could have been.
     """
+    if targets is None or isinstance(layers, int):
+        raise TypeError(
+            f"expected targets such as 'attention' and layers in a list or None, got targets={targets!r}, "
+            f"layers={layers!r}; write layers=[{layers!r}]"
+        )
     candidates = {
         name: module
         for name, module in network.named_modules()
@@ -116,6 +122,8 @@ def find_targets(
 def check_rank(adapter, modules: Mapping[str, nn.Module]) -> None:
     """Raise a ValueError unless the adapter's rank fits every module's weight (m, n), and its budget all of them."""
     rank, budget = adapter.rank, getattr(adapter, "budget", None)
+    if not isinstance(rank, Integral):
+        raise TypeError(f"expected rank to be an integer, got {rank!r}")
     needed = 0 if budget is None else len(modules) * adapter.smallest_rank**2
     if budget is not None and budget < needed:
         raise ValueError(

@@ -111,8 +111,9 @@ def stock_covariance(guide: AutoGuide, sites: Iterable[str]) -> CovarianceFactor
     if isinstance(guide, AutoNormal):
         scale = torch.cat([guide._get_loc_and_scale(name)[1].flatten() for name in sites])
         return CovarianceFactors(scale.square(), scale.new_zeros(len(scale), 0))
-    normal = guide.get_posterior() if isinstance(guide, AutoContinuous) else None
-    places, start = {}, 0
+    if not isinstance(guide, AutoContinuous):
+        raise TypeError(_no_normal(guide))
+    normal, places, start = guide.get_posterior(), {}, 0
     for name, site in guide.prototype_trace.iter_stochastic_nodes():
         places[name] = torch.arange(start, start := start + site["value"].numel())
     where = torch.cat([places[name] for name in sites])
@@ -123,7 +124,11 @@ def stock_covariance(guide: AutoGuide, sites: Iterable[str]) -> CovarianceFactor
             return CovarianceFactors(normal.cov_diag[where], normal.cov_factor[where])
         case dist.Independent(base_dist=dist.Normal(scale=scale)):
             return CovarianceFactors(scale[where].square(), scale.new_zeros(len(where), 0))
-    raise TypeError(
+    raise TypeError(_no_normal(guide))
+
+
+def _no_normal(guide: AutoGuide) -> str:
+    return (
         f"expected a Gaussian guide for a covariance in closed form, got {type(guide).__name__}; use the sample "
         "covariance of posterior.sample(draws)"
     )

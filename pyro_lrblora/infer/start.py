@@ -8,13 +8,14 @@ from contextlib import suppress
 import torch
 from pyro import poutine
 
-from ..adapters.targets import base_weight
+from ..adapters.targets import base_weight, weight_shape
 from ..fisher import fisher
 from ..guides import Curvature, Delta, LatentGuide
 from ..guides.stock import build_guide, is_stock
 from ..model import BayesianLoRA
 from ..posterior import Posterior, fixed_from
 from ..priors import prior_variance
+from ..storage import describe
 from .progress import under
 
 
@@ -22,6 +23,7 @@ def in_subspace(model: BayesianLoRA, init: Posterior | None, train, tokenizer) -
     """A copy for this fit alone: prepared, of the data's size, its head at the start."""
     same_task = False
     if init is not None:
+        _check_adapter(model, init.model)
         if model.prepared and not same_tensors(model.adapted.tensors(), init.model.adapted.tensors()):
             raise ValueError(
                 "expected init= to be fitted in the same subspace, got another; fit both from one model.prepare(train)"
@@ -33,6 +35,21 @@ def in_subspace(model: BayesianLoRA, init: Posterior | None, train, tokenizer) -
     if not (model.prepared or same_task):
         model = model.prepare(train, tokenizer=tokenizer)
     return model.with_size(train.rows)
+
+
+def _check_adapter(model: BayesianLoRA, other: BayesianLoRA) -> None:
+    """Raise a ValueError unless both adapt modules of the same names and shapes in the same way."""
+    if describe(model.adapter) != describe(other.adapter):
+        raise ValueError(
+            f"expected init= with the model's adapter, got {other.adapter!r} where the model has {model.adapter!r}; "
+            "make both from one model.prepare(train)"
+        )
+    ours, theirs = ({name: weight_shape(m) for name, m in each.modules.items()} for each in (model, other))
+    if ours != theirs:
+        raise ValueError(
+            f"expected init= on modules of the model's names and shapes, got {type(other.network).__name__} with such "
+            f"as {sorted(theirs.items() - ours.items())[:2]}"
+        )
 
 
 def subspace_of(model: BayesianLoRA) -> tuple[dict[str, torch.Tensor], dict]:

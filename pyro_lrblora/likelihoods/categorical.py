@@ -16,7 +16,7 @@ class Categorical:
     """Labels 0..C-1 with the network's logits (B, C).
 
     Args:
-        class_names: one name per class, used in tables and as ArviZ coordinates; None takes them from the data set's
+        class_names: one name per class, used in tables; None takes them from the data set's
             ClassLabel or the network's config.
     """
 

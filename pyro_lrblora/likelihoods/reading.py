@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 import pyro
+import torch
 from pyro import poutine
 from pyro.distributions import TorchDistribution
 from torch import Tensor
@@ -41,7 +42,22 @@ def summary(likelihood: Callable, outputs, batch: Mapping[str, Tensor]) -> dict[
     """What `predict` keeps of one draw's outputs: tensors (B, ...) by name."""
     if hasattr(likelihood, "summary"):
         return likelihood.summary(outputs, batch)
-    return {"logits": class_logits(likelihood, outputs, batch)}
+    logits = class_logits(likelihood, outputs, batch)
+    if not hasattr(likelihood, "logits"):
+        _check_classes(likelihood, outputs, batch, logits)
+    return {"logits": logits}
+
+
+def _check_classes(likelihood: Callable, outputs, batch: Mapping[str, Tensor], logits: Tensor) -> None:
+    """Raise a TypeError unless a user's own likelihood gives labels that are classes, one per logit."""
+    with torch.random.fork_rng():
+        labels = label_site(likelihood, outputs, batch)[0]
+    if not (isinstance(labels, torch.distributions.Categorical) and labels.logits.shape[-1] == logits.shape[-1]):
+        raise TypeError(
+            f"expected a likelihood of classes, one per logit, got {type(labels).__name__} of shape "
+            f"{tuple(labels.batch_shape + labels.event_shape)} from {likelihood!r} and logits {tuple(logits.shape)}; "
+            "give it `summary` and `prediction`, as docs/how_to/add_a_likelihood.md says"
+        )
 
 
 def prediction(
