@@ -357,7 +357,7 @@ def _wide(table: pd.DataFrame) -> str:
             (f"**{value:g}: {nll:.3f}**" if (method, value) == best else f"{value:g}: {nll:.3f}")
             for (_, value), nll in values.items()
         )
-    return pd.Series(rows, name="value: NLL").to_markdown(stralign="right")
+    return pd.Series(rows, name="value: NLL").to_markdown(colalign=("left", "right"))
 
 
 def _markdown(table: pd.DataFrame) -> str:
