@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .adapters.rows import mixing_modules
 from .context import check_context
 from .data import Batch, as_batches, batch_rows
-from .likelihoods import prediction, summary
+from .likelihoods import check_classes, prediction, summary
 from .linearised import draw_logits, logit_moments, probit_logits
 from .posterior import Posterior, local_parameters
 from .predictions import NumberPrediction, Prediction, TokenPrediction
@@ -145,6 +145,8 @@ def _summaries(model, batch, values, head, fold: int) -> dict[str, Tensor]:
     """What is kept of each draw's outputs, (S, B, ...) on the host."""
     pieces = []
     for size, repeated, outputs in outputs_at(model, batch, values, head, fold):
+        if model.predicts_classes and not pieces:
+            check_classes(model.likelihood, outputs, repeated)
         kept = summary(model.likelihood, outputs, repeated)
         pieces.append({name: value.reshape(size, -1, *value.shape[1:]).cpu() for name, value in kept.items()})
     return {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}

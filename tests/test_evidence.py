@@ -234,9 +234,11 @@ def test_a_bayesian_head_is_in_the_densities_and_rows_keep_their_order():
     posterior = lb.fit(model, data, epochs=1, progress=False)
     pieces, draws = importance(posterior, data, draws=4, seed=5, batch_size=8), posterior.sample(4, seed=5)
     assert {"classifier.weight", "classifier.bias"} < set(draws)
-    normal = lambda name, scale: torch.distributions.Normal(0.0, scale).log_prob(draws[name]).flatten(1).sum(1)
-    heads = sum(normal(name, posterior.model.head_scale) for name in draws if name != "R")
-    torch.testing.assert_close(pieces.log_prior.float(), normal("R", 0.1) + heads, rtol=1e-5, atol=1e-3)
+    start = posterior.model.head_start["classifier.bias"]
+    around = {"R": (0.0, 0.1), "classifier.weight": (0.0, posterior.model.head_scale)}
+    around["classifier.bias"] = start, start.abs().clamp(min=1)
+    normal = lambda name: torch.distributions.Normal(*around[name]).log_prob(draws[name]).flatten(1).sum(1)
+    torch.testing.assert_close(pieces.log_prior.float(), sum(map(normal, draws)), rtol=1e-5, atol=1e-3)
     torch.testing.assert_close(pieces.log_q, posterior.log_prob(draws).double())
     log_probs = lb.predict(posterior, data, draws=4, seed=5, antithetic=False).logits.log_softmax(-1)
     expected = log_probs.gather(-1, torch.tensor(data["label"]).expand(4, -1).unsqueeze(-1)).squeeze(-1)

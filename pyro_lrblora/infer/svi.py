@@ -285,7 +285,8 @@ def _check_estimator(guide, antithetic: bool, path_derivative: bool, per_row: bo
 
 
 def _check_prior(model) -> None:
-    prior = poutine.trace(model.sample_prior).get_trace()
+    with torch.random.fork_rng():
+        prior = poutine.trace(model.sample_prior).get_trace()
     trained = [] if model.learned_scale is not None else list(prior.param_nodes)
     if trained:
         raise ValueError(

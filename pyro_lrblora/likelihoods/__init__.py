@@ -11,13 +11,14 @@ from .categorical import Categorical, logits_of
 from .gaussian import Gaussian
 from .multiple_choice import MultipleChoice, letter_tokens
 from .next_token import NextToken
-from .reading import class_logits, label_site, prediction, summary
+from .reading import check_classes, class_logits, label_site, prediction, summary
 
 __all__ = [
     "Categorical",
     "Gaussian",
     "MultipleChoice",
     "NextToken",
+    "check_classes",
     "class_logits",
     "label_site",
     "letter_tokens",

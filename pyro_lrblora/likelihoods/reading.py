@@ -42,14 +42,14 @@ def summary(likelihood: Callable, outputs, batch: Mapping[str, Tensor]) -> dict[
     """What `predict` keeps of one draw's outputs: tensors (B, ...) by name."""
     if hasattr(likelihood, "summary"):
         return likelihood.summary(outputs, batch)
-    logits = class_logits(likelihood, outputs, batch)
-    if not hasattr(likelihood, "logits"):
-        _check_classes(likelihood, outputs, batch, logits)
-    return {"logits": logits}
+    return {"logits": class_logits(likelihood, outputs, batch)}
 
 
-def _check_classes(likelihood: Callable, outputs, batch: Mapping[str, Tensor], logits: Tensor) -> None:
-    """Raise a TypeError unless a user's own likelihood gives labels that are classes, one per logit."""
+def check_classes(likelihood: Callable, outputs, batch: Mapping[str, Tensor]) -> None:
+    """Raise a TypeError where a user's own likelihood does not give labels that are classes, one per logit."""
+    if hasattr(likelihood, "summary") or hasattr(likelihood, "logits"):
+        return
+    logits = logits_of(outputs)
     with torch.random.fork_rng():
         labels = label_site(likelihood, outputs, batch)[0]
     if not (isinstance(labels, torch.distributions.Categorical) and labels.logits.shape[-1] == logits.shape[-1]):
