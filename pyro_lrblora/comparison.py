@@ -6,6 +6,7 @@ import html
 import time
 from collections.abc import Iterable, Iterator, Mapping
 
+import datasets
 import pandas as pd
 
 from . import metrics
@@ -19,6 +20,7 @@ from .guides.mixture import MixtureGuide
 from .posterior import Posterior
 from .predictions import Prediction
 from .predictive import predict
+from .provenance import data_identity, unlike
 
 _EVIDENCE = ["ELBO per row", "ELBO per row SE", "LOO per row", "LOO per row SE", "high k-hat"]
 _COSTS = ["parameters", "head", "total", "of LoRA r=8", "training s", "s/step", "s/1000 predictions"]
@@ -27,6 +29,9 @@ _WITHOUT = {
     "train": "no training NLL, ELBO or LOO, which lb.compare has with train=",
     "validation": "no temperature scaling, which lb.compare has with validation=",
 }
+_OTHER_ROWS = (
+    "train= holds other rows than were fitted, or in another order, by their hash: its ELBO and LOO are no evidence"
+)
 
 
 def compare(
@@ -75,8 +80,13 @@ def compare(
     given = {"test": test, "validation": validation, "train": train}
     data = _checked(posteriors, {role: rows for role, rows in given.items() if rows is not None}, tokenizer)
     rows, losses, notes = {}, {}, {note: [] for role, note in _WITHOUT.items() if given[role] is None}
+    # Batches that are made anew at every pass may come in another order.
+    known = isinstance(train, datasets.Dataset | list)
+    identity = data_identity(train, next(iter(data.values()))["train"]) if known else {}
     for name, posterior in posteriors.items():
         batches = data[name]
+        if unlike(posterior.settings.get("fitted_with", {}), identity):
+            notes.setdefault(_OTHER_ROWS, []).append(name)
         evidence = (
             _evidence(name, posterior, batches["train"], evidence_draws, seed, notes) if train is not None else {}
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -44,6 +45,11 @@ def data_identity(train, batches) -> dict[str, str]:
     """
     found = {} if batches is None or batches.labels is None else {LABELS: data_hash([{"labels": batches.labels}])}
     return found | ({ROWS: data_hash(train)} if isinstance(train, datasets.Dataset) else {})
+
+
+def unlike(record: Mapping[str, str], identity: Mapping[str, str]) -> list[str]:
+    """Names of the hashes that a fit recorded and that those of other rows differ from."""
+    return [name for name, value in identity.items() if record.get(name, value) != value]
 
 
 def data_hash(data) -> str:

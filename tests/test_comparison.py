@@ -344,3 +344,17 @@ def test_rows_of_a_shuffling_loader_are_compared_in_pairs():
     diagnosis = lb.diagnose(posterior, loader, draws=4)
     at_mean, found = diagnosis.findings.at_mean, diagnosis.findings.prediction
     assert torch.equal(at_mean.labels, found.labels)
+
+
+def test_other_rows_of_equal_number_are_not_taken_for_those_fitted():
+    batches, others = token_batches(), token_batches(seed=7)
+    posterior = lb.fit(lb.BayesianLoRA(tiny_bert(), lb.LoRAXS(2)), batches, epochs=1, progress=False)
+    for train, said in ((batches, False), (others, True)):
+        notes = lb.compare({"one": posterior}, batches, train=train, draws=2, evidence_draws=2).attrs["notes"]
+        assert any("one: train= holds other rows" in note for note in notes) == said
+    data, words = tiny_reviews(20), tiny_tokenizer()
+    model = lb.BayesianLoRA(tiny_bert(), lb.LoRAXS(2), tokenizer=words)
+    posterior = lb.fit(model, data, epochs=1, progress=False)
+    for train, said in ((data, False), (tiny_reviews(20, seed=9), True)):
+        notes = lb.compare({"one": posterior}, data, train=train, draws=2, evidence_draws=2).attrs["notes"]
+        assert any("train= holds other rows" in note for note in notes) == said

@@ -24,7 +24,7 @@ from ..plots.training import training_curves
 from ..plots.weights import loo_k_hat, weight_tail
 from ..posterior import Posterior
 from ..predictions import NumberPrediction, Prediction, TokenPrediction
-from ..provenance import LABELS, ROWS, data_identity, versions
+from ..provenance import LABELS, ROWS, data_identity, unlike, versions
 from .document import Details, Facts, Note, Picture, Table, Text, Verdicts
 
 _ROWS = 10  # of the least sure
@@ -95,7 +95,7 @@ def _same_rows(record: Mapping[str, str], train) -> str:
     known = {name: value for name, value in data_identity(train, batches).items() if name in record}
     if not known:
         return "yes; the fit recorded no hash to know them by"
-    wrong = [name for name, value in known.items() if value != record[name]]
+    wrong = unlike(record, known)
     return f"yes, but others or in another order: not the {' and '.join(wrong)}" if wrong else "yes, by their hashes"
 
 
