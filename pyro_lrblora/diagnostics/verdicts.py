@@ -70,7 +70,7 @@ def _joint_weights(f: Findings):
     yield (
         "IWAE - ELBO (nats)", gap, f"≤ {NATS:g}", verdict,
         f"What {len(w.log_q)} weighted draws add to the bound: at least that far is the guide from the posterior.",
-        "" if verdict == "good" else "Try a wider family (LowRankPrecision, FullRank) or train longer.",
+        "" if verdict == "good" else "Try a family that can come closer (LowRankPrecision, FullRank), or train longer.",
     )  # fmt: skip
     k = w.k_hat
     if not np.isfinite(k):
