@@ -280,7 +280,8 @@ def curves(finished: Sequence[Mapping], path: Path) -> None:
 
 def _saved(figure, path: Path) -> None:
     figure.tight_layout()
-    figure.savefig(path, metadata={"Date": None})
+    with plt.rc_context({"svg.hashsalt": "study"}):  # the same names at every run, so that only what changed differs
+        figure.savefig(path, metadata={"Date": None})
     plt.close(figure)
 
 
