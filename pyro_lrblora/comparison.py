@@ -196,8 +196,8 @@ def _checked(posteriors: Mapping[str, Posterior], given: Mapping, tokenizer) -> 
     classes = {name: posterior.model.classes for name, posterior in posteriors.items()}
     if len(set(classes.values())) > 1:
         raise ValueError(f"expected posteriors over the same classes, got these numbers of classes: {classes}")
-    kinds = {name: repr(posterior.model.likelihood) for name, posterior in posteriors.items()}
     if len({posterior.model.predicts_classes for posterior in posteriors.values()}) > 1:
+        kinds = {name: repr(posterior.model.likelihood) for name, posterior in posteriors.items()}
         raise ValueError(f"expected posteriors that predict the same kind of thing, got the likelihoods {kinds}")
     taken = [name for name in posteriors if name.endswith(_SUFFIXES)]
     if taken:

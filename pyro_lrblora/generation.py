@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .context import check_context, context_length
+from .data.texts import without_end
 from .posterior import Posterior, local_parameters
 
 
@@ -218,7 +219,7 @@ def _token_rows(prompts, tokenizer, ended: bool) -> list[list[int]]:
     if prompts and tokenizer is None:
         raise ValueError("expected a tokenizer for texts; give tokenizer= to the model or to this call, or token ids")
     rows = [tokenizer(prompt)["input_ids"] for prompt in prompts]
-    return rows if ended else [ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids for ids in rows]
+    return rows if ended else [without_end(ids, tokenizer) or ids for ids in rows]
 
 
 def _check_room(network, prompt: int, new: int) -> None:

@@ -316,7 +316,7 @@ def test_one_prior_of_the_head_spares_base_rates_and_what_was_pretrained():
 
 
 def test_a_bayesian_head_keeps_a_rare_class_rare():
-    """One row in forty: with the weights' narrow prior on the bias too, it was predicted three times as often."""
+    """One row in forty: with the weights' narrow prior on the bias too, it was predicted far more often."""
     batches = token_batches(rows=160, classes=2)
     rows = iter(range(160))
     for batch in batches:

@@ -94,11 +94,10 @@ def find_targets(
     Raises:
         ValueError: nothing matched; the message lists what could have been.
     """
-    if targets is None or isinstance(layers, int):
-        raise TypeError(
-            f"expected targets such as 'attention' and layers in a list or None, got targets={targets!r}, "
-            f"layers={layers!r}; write layers=[{layers!r}]"
-        )
+    if targets is None:
+        raise TypeError("expected targets such as 'attention' or a list of names, got None; write 'all-linear' for all")
+    if isinstance(layers, int):
+        raise TypeError(f"expected layers in a list, or None for all, got {layers!r}; write layers=[{layers!r}]")
     candidates = {
         name: module
         for name, module in network.named_modules()

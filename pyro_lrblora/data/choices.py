@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .batches import Batches, EncodedBatches, check_columns, check_encodable
+from .texts import without_end
 
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
@@ -146,8 +147,7 @@ def _continued(tokenizer, flat: Sequence[tuple[str, str]]) -> dict[str, list]:
     """Question and choice as one text, tokenised apart so that it is known which tokens are the choice's."""
     prompts = tokenizer([text for text, _ in flat])["input_ids"]
     answers = tokenizer([" " + choice for _, choice in flat], add_special_tokens=False)["input_ids"]
-    prompts = [ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids for ids in prompts]
-    joined = list(zip(prompts, answers, strict=True))
+    joined = [(without_end(ids, tokenizer), answer) for ids, answer in zip(prompts, answers, strict=True)]
     return {
         "input_ids": [prompt + answer for prompt, answer in joined],
         "attention_mask": [[1] * (len(prompt) + len(answer)) for prompt, answer in joined],

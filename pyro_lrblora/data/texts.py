@@ -60,7 +60,7 @@ class Texts(EncodedBatches):
         limit = max_length or min(tokenizer.model_max_length, 512)
         last = [tokenizer.eos_token_id] if end and tokenizer.eos_token_id is not None else []
         encode = lambda column, **how: tokenizer(list(dataset[column]), **how)["input_ids"]
-        bare = lambda ids: ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
+        bare = lambda ids: without_end(ids, tokenizer)
         self._start, self.for_decoder = None, decoder is not None
         sources = []
         if decoder is not None:
@@ -99,6 +99,11 @@ class Texts(EncodedBatches):
                 labels = labels.gather(1, places)
         batch["labels"] = labels
         return batch
+
+
+def without_end(ids: list[int], tokenizer) -> list[int]:
+    """Tokens without the end-of-text token that a tokenizer may have put after them."""
+    return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
 
 
 def _packed(texts: Sequence[list[int]], length: int) -> list[list[int]]:

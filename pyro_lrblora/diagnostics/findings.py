@@ -105,13 +105,17 @@ def against_simpler(losses: np.ndarray, simpler: np.ndarray) -> tuple[float, flo
     return value, base, limit, "good" if value < limit else "warning" if value < base else "bad"
 
 
-def no_better(value: float, base: float, verdict: str) -> str:
-    """What follows from against_simpler's verdict."""
+def no_better(
+    value: float,
+    base: float,
+    verdict: str,
+    simpler: str = "no model",
+    advice: str = "The model predicts no better than no model: check labels, rates and data.",
+) -> str:
+    """What follows from against_simpler's verdict; the advice is for what is worse than the simpler model."""
     if verdict == "good":
         return ""
-    if value < base:
-        return "Better than no model by less than chance can give: test on more rows."
-    return "The model predicts no better than no model: check labels, rates and data."
+    return f"Better than {simpler} by less than chance can give: test on more rows." if value < base else advice
 
 
 def error(values: np.ndarray) -> float:

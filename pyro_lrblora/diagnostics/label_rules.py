@@ -110,9 +110,10 @@ def _perplexity(f: Findings):
     yield (
         "NLL (nats per token)", value, f"< {limit:.3f}", verdict,
         f"{words}. The threshold is the pretrained network's NLL, less two standard errors of the difference.",
-        "" if verdict == "good"
-        else "Better than the pretrained network by less than chance can give: test on more texts." if value < before
-        else "Fine-tuning has taught nothing about such texts: check data, rates and epochs.",
+        no_better(
+            value, before, verdict, "the pretrained network",
+            "Fine-tuning has taught nothing about such texts: check data, rates and epochs.",
+        ),
     )  # fmt: skip
 
 
