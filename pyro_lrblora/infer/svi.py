@@ -9,23 +9,22 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from pyro import poutine
 from pyro.infer.autoguide import AutoLaplaceApproximation
-from pyro.poutine.util import site_is_subsample
 from tqdm.auto import tqdm
 
 from ..data import as_batches
 from ..guides import Delta, LowRankPrecision
 from ..guides.stock import check_guide_spec
-from ..model import PRECISIONS, BayesianLoRA
+from ..model import BayesianLoRA
 from ..posterior import Posterior, local_parameters
 from ..predictive import predict
 from ..provenance import fitted_with
 from .checkpoint import Checkpoint, identity_of
+from .checks import check_device, check_estimator, check_prior, check_settings, check_sites
 from .data_parallel import Workers
 from .elbo import PartedELBO, has_closed_form
 from .loop import Loop
-from .progress import DRIFT, SCHEDULES, ScalesNotConverged, multiplier
+from .progress import DRIFT, ScalesNotConverged, multiplier
 from .start import base_guide, in_subspace, spread_guide
 from .step import Rates, gradient_scaler, optimiser_of
 from .stock_laplace import normal_at_mode
@@ -123,55 +122,11 @@ def svi(
     Warns:
         ScalesNotConverged: the guide's standard deviations were still moving at the end.
     """
-    _check_choice("schedule", schedule, SCHEDULES)
-    _check_choice("kl", kl, ("auto", "closed", "mc"))
-    _check_choice("draws", draws, ("auto", "row", "shared"))
-    _check_choice("precision", precision, list(PRECISIONS))
-    counts = {"epochs": epochs, "batch_size": batch_size, "accumulate": accumulate, "particles": particles}
-    counts |= {"validation_draws": validation_draws}
-    optional = {"steps": steps, "patience": patience, "warm_start_rows": warm_start_rows}
-    for name, value in (counts | {name: value for name, value in optional.items() if value is not None}).items():
-        if not (isinstance(value, int) and value >= 1):
-            raise ValueError(f"expected {name} to be an integer >= 1, got {name}={value!r}")
-    if not (isinstance(map_epochs, int) and map_epochs >= 0):
-        raise ValueError(f"expected map_epochs to be an integer >= 0, got map_epochs={map_epochs!r}")
-    if not (isinstance(seed, int) and seed >= 0):
-        raise ValueError(f"expected seed to be an integer >= 0, got seed={seed!r}")
-    if clip is not None and not clip > 0:
-        raise ValueError(f"expected clip > 0, got clip={clip!r}; write clip=None for no clipping")
-    if not 0 <= warmup < 1:
-        raise ValueError(f"expected warmup, a share of all steps, within 0..1, got warmup={warmup!r}")
-    if not isinstance(rates, Rates):
-        raise TypeError(f"expected rates of pyro_lrblora.Rates, got {rates!r}; write Rates(loc={rates!r})")
-    if callable(callbacks) or not all(callable(callback) for callback in callbacks):
-        raise TypeError(f"expected callbacks to be a list of callables, got {callbacks!r}; write callbacks=[...]")
-    if (patience is not None or keep_best) and validation is None:
-        raise ValueError("expected validation= with patience= or keep_best=: the best is judged on rows not trained on")
-    if checkpoint is not None and resume_from is not None:
-        raise ValueError("expected checkpoint= or resume_from=, got both; resume_from= goes on writing to its folder")
-    if path_derivative and kl == "closed":
-        raise ValueError("expected kl='mc' or 'auto' with path_derivative=True: a closed-form KL has no score term")
-    if device is not None and len(set(getattr(model.network, "hf_device_map", {}).values())) > 1:
-        raise ValueError(f"expected device=None for a network spread by a device_map, got device={device!r}")
-    if "mps" in (device, model.device.type):
-        raise ValueError("expected a CPU or CUDA device, got 'mps', which has no float64; write device='cpu'")
-    check_guide_spec(guide)
-    tokenizer = tokenizer or model.tokenizer
-    given, train = train, as_batches(train, tokenizer, batch_size=batch_size, shuffle=seed).restarted()
-    model.check_labels(train, "training data")
-    if validation is not None:
-        validation = as_batches(validation, tokenizer, batch_size=2 * batch_size, by_length=True)
-        model.check_labels(validation, "validation data")
-    if device is not None:
-        model.network.to(_device(device))
-    record = fitted_with(model.device, given, train)  # before a pass in another order
-
-    workers = Workers()
-    arguments = {
+    settings = {
         "epochs": epochs,
         "steps": steps,
         "batch_size": batch_size,
-        "rates": vars(rates),
+        "rates": rates,
         "schedule": schedule,
         "warmup": warmup,
         "clip": clip,
@@ -190,6 +145,26 @@ def svi(
         "seed": seed,
         "precision": precision,
     }
+    check_settings(settings)
+    check_device(model, device)
+    if callable(callbacks) or not all(callable(callback) for callback in callbacks):
+        raise TypeError(f"expected callbacks to be a list of callables, got {callbacks!r}; write callbacks=[...]")
+    if (patience is not None or keep_best) and validation is None:
+        raise ValueError("expected validation= with patience= or keep_best=: the best is judged on rows not trained on")
+    if checkpoint is not None and resume_from is not None:
+        raise ValueError("expected checkpoint= or resume_from=, got both; resume_from= goes on writing to its folder")
+    check_guide_spec(guide)
+    tokenizer = tokenizer or model.tokenizer
+    given, train = train, as_batches(train, tokenizer, batch_size=batch_size, shuffle=seed).restarted()
+    model.check_labels(train, "training data")
+    if validation is not None:
+        validation = as_batches(validation, tokenizer, batch_size=2 * batch_size, by_length=True)
+        model.check_labels(validation, "validation data")
+    if device is not None:
+        model.network.to(_device(device))
+    record = fitted_with(model.device, given, train)  # before a pass in another order
+
+    workers, arguments = Workers(), settings | {"rates": vars(rates)}
     with torch.random.fork_rng():
         folder, saved = checkpoint if resume_from is None else resume_from, None
         if folder is not None or workers.size > 1:
@@ -211,14 +186,14 @@ def svi(
                 )  # fmt: skip
                 model = in_subspace(model, init, train, tokenizer)
             model = workers.model_of_first(model, tokenizer)
-        _check_prior(model)
+        check_prior(model)
         fitted = base_guide(model, guide, init)
         closed = kl != "mc" and not path_derivative and has_closed_form(model, fitted)
         if kl == "closed" and not closed:
             raise ValueError(f"expected a guide and prior with a closed-form KL, got {guide!r} and {model.prior!r}")
-        _check_sites(model, fitted)
+        check_sites(model, fitted)
         per_row = _per_row(draws, fitted, model.sites.size * batch_size)
-        _check_estimator(fitted, antithetic, path_derivative, per_row, particles)
+        check_estimator(fitted, antithetic, path_derivative, per_row, particles)
         # Only now the pass over the data: what does not fit together is refused at once.
         fitted = spread_guide(fitted, model, guide, train, init, warm_start, warm_start_rows)
         resolved = {"kl": "closed" if closed else "mc", "draws": "row" if per_row else "shared"}
@@ -269,53 +244,6 @@ def svi(
     return normal_at_mode(posterior, train) if isinstance(fitted, AutoLaplaceApproximation) else posterior
 
 
-def _check_estimator(guide, antithetic: bool, path_derivative: bool, per_row: bool, particles: int) -> None:
-    if path_derivative and not getattr(guide, "has_density", False):
-        raise TypeError(
-            f"expected a guide of pyro_lrblora.guides with a density for path_derivative=True, got "
-            f"{type(guide).__name__}; write path_derivative=False"
-        )
-    if antithetic and not (getattr(guide, "symmetric", False) and guide.has_density):
-        raise TypeError(
-            f"expected a guide symmetric about its mean for antithetic=True, got {type(guide).__name__}; write "
-            "antithetic=False"
-        )
-    if antithetic and not per_row and particles % 2:
-        raise ValueError(f"expected an even number of particles with shared antithetic draws, got {particles}")
-
-
-def _check_prior(model) -> None:
-    with torch.random.fork_rng():
-        prior = poutine.trace(model.sample_prior).get_trace()
-    trained = [] if model.learned_scale is not None else list(prior.param_nodes)
-    if trained:
-        raise ValueError(
-            f"expected a prior without parameters of its own, got pyro.param {trained}, which a fit would not train; "
-            "write priors.Learned(...) for a trained scale"
-        )
-    plates = [name for name, node in prior.nodes.items() if site_is_subsample(node)]
-    if plates:
-        raise ValueError(
-            f"expected a prior without pyro.plate, which would take the data's place, got {plates}; write "
-            "dist.Normal(...).expand([L]).to_event(1)"
-        )
-    latents = set(model.sites.shapes) - set(prior.stochastic_nodes)
-    if latents:
-        raise ValueError(
-            f"expected the prior to sample the latents themselves, got {sorted(latents)} otherwise, such as by "
-            "pyro.deterministic; write pyro.sample(name, dist.Normal(0, scale).expand(shape).to_event())"
-        )
-
-
-def _check_sites(model, guide) -> None:
-    wanted = set(poutine.trace(model.sample_prior).get_trace().stochastic_nodes)
-    missing = sorted(wanted - set(poutine.trace(guide).get_trace().stochastic_nodes))
-    if missing:
-        raise ValueError(
-            f"expected the guide to sample every site of the prior, {type(guide).__name__} lacks {missing}"
-        )
-
-
 def _per_row(draws: str, guide, entries: int) -> bool:
     declared = getattr(guide, "rowwise", None) is not None
     if draws == "row" and not declared:
@@ -344,8 +272,3 @@ def _device(name: str) -> str:
     if name != "auto":
         return name
     return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise ValueError(f"expected {name} to be one of {list(choices)}, got {name}={value!r}")
