@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .data import Batch, naming_the_batch
+from .data import Batch, batch_rows, naming_the_batch, some_rows
 from .scores import row_gradients
 
 
@@ -69,8 +69,8 @@ def scaled_gradients(model, batches: Iterable[Batch], at: Tensor, rows: int | No
     used = min(rows or model.size, model.size)
     seen = 0
     for position, batch in enumerate(batches):
-        batch = {name: value[: used - seen] for name, value in model.to_device(batch).items()}
-        size = len(batch["labels"])
+        batch = some_rows(model.to_device(batch), slice(used - seen))
+        size = batch_rows(batch)
         latents = at.detach().expand(size, -1).clone().requires_grad_()
         with torch.enable_grad(), model.attached(dropout=False), naming_the_batch(position):
             outputs = model.outputs(batch, values | model.sites.split(latents), head)

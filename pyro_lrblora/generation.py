@@ -137,7 +137,7 @@ class Generation:
 
     @property
     def sequence_mutual_information(self) -> Tensor:
-        """The model's part of it, nats per token, (B,)."""
+        """The epistemic part of it, nats per token, (B,)."""
         return self.mutual_information.sum(-1) / self.written.sum(-1)
 
 

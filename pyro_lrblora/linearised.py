@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from .data import batch_rows
 from .likelihoods import class_logits
 
 
@@ -35,7 +36,7 @@ def logit_moments(posterior, batches, precision: str = "fp32") -> tuple[Tensor, 
     means, covariances = [], []
     for batch in batches:
         batch = model.to_device({k: v for k, v in batch.items() if k != "labels"})
-        rows = len(next(iter(batch.values())))
+        rows = batch_rows(batch)
         latents = loc.expand(rows, -1).clone().requires_grad_()
         with torch.enable_grad(), model.attached(precision, dropout=False):
             outputs = model.outputs(batch, mean | model.sites.split(latents), head)

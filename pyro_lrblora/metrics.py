@@ -1,4 +1,7 @@
-"""Scores of probabilistic classification: NLL, Brier, calibration, ranking and selection, bootstrap, temperature."""
+"""Scores of probabilistic classification: NLL, Brier, calibration, ranking and selection, bootstrap, temperature.
+
+All raise a ValueError where labels are missing, shapes do not fit, or rows are not probabilities.
+"""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ from .adapters.rows import run_rows
 from .adapters.targets import check_rank, device_of, find_targets
 from .context import check_context
 from .data import Batch, batch_rows
-from .data.texts import IGNORED
+from .data.batches import IGNORED
 from .data_plate import DataPlate
 from .head import FixedHead, PointHead, check_head, check_in_memory, head_parameters, head_prior, output_layer
 from .parts import check_network, check_parts, output_embedding

@@ -17,6 +17,13 @@ from torch.distributions import Categorical, Normal
 from . import metrics
 
 
+def given(labels: Tensor | None) -> Tensor:
+    """The labels; raises a ValueError where the data had none."""
+    if labels is None:
+        raise ValueError("expected labels (N,), got None; predict on data that have a label column")
+    return labels
+
+
 @dataclass(frozen=True)
 class Prediction:
     """Classes (or choices) predicted for N rows from S draws, on the host, in the data's own order.
@@ -49,7 +56,7 @@ class Prediction:
     @property
     def log_likelihood(self) -> Tensor:
         """Log probability of each row's label under each draw, nats, (S, N)."""
-        index = self.labels.expand(len(self.logits), -1).unsqueeze(-1)
+        index = given(self.labels).expand(len(self.logits), -1).unsqueeze(-1)
         return self.logits.log_softmax(-1).gather(-1, index).squeeze(-1)
 
     @property
@@ -78,7 +85,7 @@ class Prediction:
 
     def losses(self) -> dict[str, np.ndarray]:
         """What NLL and Brier are the means of, (N,) each."""
-        probs, hits = self.probs.double().numpy(), np.eye(self.logits.shape[-1])[self.labels.numpy()]
+        probs, hits = self.probs.double().numpy(), np.eye(self.logits.shape[-1])[given(self.labels).numpy()]
         return {
             "NLL": -np.log(np.maximum((probs * hits).sum(-1), 1e-30)),
             "Brier": np.square(probs - hits).sum(-1),
@@ -109,24 +116,24 @@ class NumberPrediction:
         return self.loc.mean(0)
 
     @property
-    def data_sd(self) -> Tensor:
-        """The part of the predictive standard deviation that is noise, (N,)."""
+    def aleatoric_sd(self) -> Tensor:
+        """The part of the predictive standard deviation that is noise in the data, (N,)."""
         return self.scale.square().mean(0).sqrt()
 
     @property
-    def model_sd(self) -> Tensor:
-        """The part that is the model's, the spread of the draws' means, (N,)."""
+    def epistemic_sd(self) -> Tensor:
+        """The part that more data would take away, the spread of the draws' means, (N,)."""
         return self.loc.std(0, correction=0)
 
     @property
     def sd(self) -> Tensor:
         """Posterior predictive standard deviation, (N,)."""
-        return (self.data_sd.square() + self.model_sd.square()).sqrt()
+        return (self.aleatoric_sd.square() + self.epistemic_sd.square()).sqrt()
 
     @property
     def log_likelihood(self) -> Tensor:
         """Log density of each row's label under each draw, nats, (S, N)."""
-        return Normal(self.loc, self.scale).log_prob(self.labels.to(self.loc))
+        return Normal(self.loc, self.scale).log_prob(given(self.labels).to(self.loc))
 
     @property
     def observations(self) -> int:
@@ -144,7 +151,7 @@ class NumberPrediction:
 
     def scores(self, bins: int = 15) -> dict[str, float]:
         """RMSE, NLL in nats, CRPS in units of the labels, and the share of labels inside the central 90% interval."""
-        place, losses = self.cdf(self.labels), self.losses()
+        place, losses = self.cdf(given(self.labels)), self.losses()
         return {
             "RMSE": float((self.mean - self.labels).square().mean().sqrt()),
             "NLL": float(losses["NLL"].mean()),

@@ -6,7 +6,6 @@ import dataclasses
 import hashlib
 import json
 import os
-from importlib.metadata import version
 from pathlib import Path
 from typing import ClassVar
 
@@ -22,6 +21,7 @@ from .guides.stock import build_guide
 from .head import FixedHead
 from .model import BayesianLoRA
 from .posterior import Posterior, local_parameters
+from .provenance import versions
 
 _FORMAT = "pyro_lrblora posterior, version 3"
 FILES = ("posterior.json", "posterior.safetensors")
@@ -46,7 +46,7 @@ def save(posterior: Posterior, folder) -> None:
     names, tensors["base"] = _base_probe(model.network, set(model.head_start))
     card = {
         "format": _FORMAT,
-        "pyro_lrblora": version("pyro_lrblora"),
+        "pyro_lrblora": versions(model.device)["pyro_lrblora"],
         "network": type(model.network).__name__,
         "base": names,
         "adapter": describe(model.adapter),

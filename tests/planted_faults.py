@@ -41,7 +41,7 @@ PREDICTION = {
     "ECE": "ECE",
     "temperature": "temperature",
     "right or wrong": "confidence tells",
-    "model's share": "model's share",
+    "epistemic share": "epistemic share",
 }
 
 
@@ -228,19 +228,19 @@ def _early(task):
 WEIGHTS = "IWAE - ELBO, joint k-hat, PSIS-LOO"
 PREDICTION_FAULTS = {
     "none: fitted to convergence": fault(lambda task: {}),
-    "sd x 0.5": fault(lambda task: {"posterior": task.moved(factor=0.5)}, f"{WEIGHTS}, model's share"),
+    "sd x 0.5": fault(lambda task: {"posterior": task.moved(factor=0.5)}, f"{WEIGHTS}, epistemic share"),
     "sd x 2": fault(
         lambda task: {"posterior": task.moved(factor=2.0)}, "IWAE - ELBO", "joint k-hat, PSIS-LOO, NLL - mean's, ECE"
     ),
     "mean shifted by one sd": fault(lambda task: {"posterior": task.moved(shift=1.0)}, WEIGHTS),
     "collapsed to a point (sd x 0.001)": fault(
-        lambda task: {"posterior": task.moved(factor=1e-3)}, f"{WEIGHTS}, model's share"
+        lambda task: {"posterior": task.moved(factor=1e-3)}, f"{WEIGHTS}, epistemic share"
     ),
     "training labels shuffled": fault(
         _shuffled, "NLL", "PSIS-LOO, LOO - test, NLL - mean's, ECE, temperature, right or wrong"
     ),
     "logits x 3": fault(lambda task: {"sharpness": 3.0}, f"{WEIGHTS}, ECE, temperature, NLL"),
-    "training stopped early": fault(_early, f"training, {WEIGHTS}", "ECE, temperature, model's share"),
+    "training stopped early": fault(_early, f"training, {WEIGHTS}", "ECE, temperature, epistemic share"),
     "test labels of the opposite rule": fault(
         lambda task: {"test": task.drawn(800, sign=-1.0)}, "LOO - test, NLL, ECE, right or wrong"
     ),

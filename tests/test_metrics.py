@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 from sklearn.calibration import calibration_curve
-from sklearn.metrics import accuracy_score, brier_score_loss, log_loss
+from sklearn.metrics import accuracy_score, average_precision_score, log_loss, roc_auc_score
 
 from pyro_lrblora import metrics
 
@@ -29,8 +29,20 @@ def test_scores_equal_scikit_learns(rows, classes, seed):
     names = list(range(classes))
     assert metrics.accuracy(probs, labels) == pytest.approx(accuracy_score(labels, probs.argmax(-1)))
     assert metrics.nll(probs, labels) == pytest.approx(log_loss(labels, probs, labels=names))
-    if classes == 2:  # scikit-learn's binary Brier score counts one of the two classes
-        assert metrics.brier(probs, labels) == pytest.approx(2 * brier_score_loss(labels, probs[:, 1], labels=names))
+    squares = [(probs[row, c] - (c == labels[row])) ** 2 for row in range(rows) for c in names]
+    assert metrics.brier(probs, labels) == pytest.approx(sum(squares) / rows)
+
+
+@settings(deadline=None)
+@given(rows=st.integers(2, 60), levels=st.integers(1, 12), seed=st.integers(0, 200))
+def test_detection_scores_equal_scikit_learns_with_ties_too(rows, levels, seed):
+    g = np.random.default_rng(seed)
+    scores, positive = g.integers(levels, size=rows) / levels, g.permutation(np.arange(rows) % 3 == 0)
+    assert metrics.auroc(scores, positive) == pytest.approx(roc_auc_score(positive, scores))
+    assert metrics.average_precision(scores, positive) == pytest.approx(average_precision_score(positive, scores))
+    thresholds = [t for t in scores if (scores[positive] >= t).mean() >= 0.95]
+    counted = (scores[~positive] >= max(thresholds)).mean()
+    assert metrics.false_positive_rate(scores, positive) == pytest.approx(counted)
 
 
 @settings(deadline=None)

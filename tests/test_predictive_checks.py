@@ -6,6 +6,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from sklearn.isotonic import IsotonicRegression
 
 from pyro_lrblora import metrics
 from pyro_lrblora.diagnostics import (
@@ -51,14 +52,20 @@ def test_the_p_values_of_calibrated_predictions_are_uniform():
     assert (values < 0.1).sum() <= 7
 
 
-def test_the_brier_score_is_the_sum_of_its_corp_parts():
+def test_the_corp_parts_are_those_of_scikit_learns_isotonic_regression():
     prediction = drawn()
+    confidence = prediction.probs.double().max(-1).values.numpy()
+    hits = (prediction.predicted == prediction.labels).numpy()
     found = calibration(prediction.probs, prediction.labels, simulations=20)
-    assert found.brier == pytest.approx(found.miscalibration - found.discrimination + found.uncertainty)
-    assert (np.diff(found.recalibrated) >= 0).all()
+    isotonic = IsotonicRegression().fit(confidence, hits)
+    recalibrated = isotonic.predict(confidence)
+    np.testing.assert_allclose(found.recalibrated, isotonic.predict(found.confidence), atol=1e-6)
+    brier, best = np.square(confidence - hits).mean(), np.square(recalibrated - hits).mean()
+    assert found.brier == pytest.approx(brier)
+    assert found.uncertainty == pytest.approx(hits.mean() * (1 - hits.mean()))
+    assert found.miscalibration == pytest.approx(brier - best)
+    assert found.discrimination == pytest.approx(found.uncertainty - best)
     assert found.rows.sum() == 400
-    # Recalibrated confidences are calibrated: a second pass finds nothing left.
-    assert 0 <= found.miscalibration < found.uncertainty
 
 
 # --- where the uncertainty is
@@ -72,7 +79,7 @@ def test_the_entropy_is_split_by_hand():
     np.testing.assert_allclose(found.expected_entropy, [0, math.log(2)], atol=1e-6)
     np.testing.assert_allclose(found.mutual_information, [math.log(2), 0], atol=1e-6)
     np.testing.assert_allclose(found.disagreement, [0.5, 0])
-    assert found.model_share == pytest.approx(0.5, abs=1e-6)
+    assert found.epistemic_share == pytest.approx(0.5, abs=1e-6)
 
 
 def test_the_least_sure_rows_come_first_with_their_texts():

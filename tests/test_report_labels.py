@@ -35,10 +35,10 @@ def numbers(wider: float = 1.0, shift: float = 0.0, rows: int = 400) -> lb.Numbe
 )
 def test_intervals_say_what_is_wrong_with_predicted_numbers(wider, shift, shape):
     found = intervals(numbers(wider, shift))
-    low, high = found.inside_right
+    low, high = found.coverage_right
     assert 0.85 < low < 0.9 < high < 0.95
-    assert (low <= found.inside <= high) == (shape == "")
-    assert (found.distance <= found.distance_right) == (shape == "")
+    assert (low <= found.coverage <= high) == (shape == "")
+    assert (found.ks <= found.ks_right) == (shape == "")
     assert shape in found.shape
     assert (found.shape == "") == (shape == "")
 
@@ -47,7 +47,7 @@ def test_the_labels_as_their_own_forecast_are_half_their_mean_difference():
     prediction = numbers(rows=30)
     labels = prediction.labels.double().numpy()
     apart = np.abs(labels[:, None] - labels)
-    np.testing.assert_allclose(intervals(prediction).crps_alone, apart.mean(1) - apart.mean() / 2, atol=1e-6)
+    np.testing.assert_allclose(intervals(prediction).crps_climatology, apart.mean(1) - apart.mean() / 2, atol=1e-6)
     with pytest.raises(ValueError, match="rows with labels"):
         intervals(lb.NumberPrediction(prediction.loc, prediction.scale, None))
 
@@ -69,7 +69,7 @@ def test_numbers_are_checked_compared_and_on_the_page(fitted_numbers, tmp_path):
     assert row(found, "LOO per row - test").verdict == "good"  # the test rows are the fitted ones
     assert {check.check for check in found.checks} >= {
         "NLL - NLL of the posterior mean",
-        "model's share of the variance",
+        "epistemic share of the variance",
     }
     assert not [check for check in found.checks if check.check.startswith(("ECE", "calibration", "temperature"))]
     assert written.comparison.loc["a", "CRPS"] == pytest.approx(row(found, "CRPS").value)

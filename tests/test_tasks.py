@@ -305,8 +305,8 @@ def test_gaussian_regression_finds_the_exact_posterior_and_predictive():
     assert posterior.mean()["R"].item() == pytest.approx(mean, abs=0.01)
     assert posterior.covariance().variance.item() == pytest.approx(1 / precision, rel=0.1)
     found = lb.predict(posterior, data, draws=2000)
-    torch.testing.assert_close(found.model_sd, direction.abs() / precision**0.5, rtol=0.1, atol=1e-4)
-    torch.testing.assert_close(found.data_sd, torch.full_like(found.data_sd, 0.3))
+    torch.testing.assert_close(found.epistemic_sd, direction.abs() / precision**0.5, rtol=0.1, atol=1e-4)
+    torch.testing.assert_close(found.aleatoric_sd, torch.full_like(found.aleatoric_sd, 0.3))
     exact = stats.norm(
         model.network(data[0]["x"]).squeeze(-1) + mean * direction, (direction**2 / precision + 0.09).sqrt()
     )

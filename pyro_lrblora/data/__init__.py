@@ -10,6 +10,7 @@ from .batches import (
     in_one_order,
     naming_the_batch,
     row_weight,
+    some_rows,
 )
 from .choices import Choices, Letters
 from .texts import Texts
@@ -27,4 +28,5 @@ __all__ = [
     "in_one_order",
     "naming_the_batch",
     "row_weight",
+    "some_rows",
 ]

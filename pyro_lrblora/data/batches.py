@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 Batch = Mapping[str, Tensor]
+IGNORED = -100  # the label of a token that is not scored, as everywhere in transformers
 
 # Pairs first: a pair's second text must not pass for all there is.
 _TEXT_COLUMNS = (
@@ -233,13 +234,13 @@ def in_one_order(data):
 
 
 def _joined(labels: list[Tensor | None]) -> Tensor | None:
-    """Labels (B, ...) of all batches as (N, ...), None where one has none; those of texts (B, T) filled with -100."""
+    """Labels (B, ...) of all batches as (N, ...), None where one has none; those of texts (B, T) filled up."""
     if not labels or any(label is None for label in labels):
         return None
     labels = [label.cpu() for label in labels]
     if labels[0].dim() == 2 and not labels[0].is_floating_point():
         longest = max(label.shape[1] for label in labels)
-        labels = [torch.nn.functional.pad(label, (0, longest - label.shape[1]), value=-100) for label in labels]
+        labels = [torch.nn.functional.pad(label, (0, longest - label.shape[1]), value=IGNORED) for label in labels]
     return _numbers_or_classes(torch.cat(labels))
 
 
@@ -251,6 +252,12 @@ def _numbers_or_classes(labels: Tensor) -> Tensor:
 def batch_rows(batch: Batch) -> int:
     """B, the number of rows of a batch."""
     return next(len(value) for value in batch.values() if isinstance(value, Tensor) and value.dim())
+
+
+def some_rows(batch: Batch, rows: slice) -> Batch:
+    """These rows of a batch; what belongs to no row, such as a number, stays as it is."""
+    of_rows = lambda value: isinstance(value, Tensor) and value.dim()
+    return {name: value[rows] if of_rows(value) else value for name, value in batch.items()}
 
 
 def row_weight(batch: Batch, batches: EncodedBatches | _GivenBatches) -> float:

@@ -8,9 +8,7 @@ import datasets
 import torch
 from torch import Tensor
 
-from .batches import EncodedBatches, check_columns, check_encodable
-
-IGNORED = -100  # the label of a token that is not scored, as everywhere in transformers
+from .batches import IGNORED, EncodedBatches, check_columns, check_encodable
 
 
 class Texts(EncodedBatches):

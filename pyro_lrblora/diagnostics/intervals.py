@@ -30,20 +30,20 @@ def intervals(prediction: NumberPrediction) -> Intervals:
 
     if prediction.labels is None:
         raise ValueError("expected a prediction of rows with labels, got none; predict rows that have a label column")
-    place, labels = prediction.cdf(prediction.labels).double().numpy(), prediction.labels.double().numpy()
-    rows, tail = len(place), (1 - LEVEL) / 2
+    pit, labels = prediction.cdf(prediction.labels).double().numpy(), prediction.labels.double().numpy()
+    rows, tail = len(pit), (1 - LEVEL) / 2
     # All labels as one forecast: a label's mean distance to them, less half the mean distance between two.
     rank, total = labels.argsort().argsort(), np.sort(labels).cumsum()
     distance = ((2 * rank + 2 - rows) * labels + total[-1] - 2 * total[rank]) / rows
     return Intervals(
-        place=place,
-        inside=float(((place > tail) & (place < 1 - tail)).mean()),
-        inside_right=tuple(float(count) / rows for count in binom.interval(0.95, rows, LEVEL)),
-        distance=float(kstest(place, "uniform").statistic),
-        distance_right=float(kstwo.isf(0.05, rows)),
-        shape=_shape(place),
+        pit=pit,
+        coverage=float(((pit > tail) & (pit < 1 - tail)).mean()),
+        coverage_right=tuple(float(count) / rows for count in binom.interval(0.95, rows, LEVEL)),
+        ks=float(kstest(pit, "uniform").statistic),
+        ks_right=float(kstwo.isf(0.05, rows)),
+        shape=_shape(pit),
         crps=prediction.losses()["CRPS"],
-        crps_alone=distance - distance.mean() / 2,
+        crps_climatology=distance - distance.mean() / 2,
     )
 
 
@@ -52,28 +52,28 @@ class Intervals:
     """Predictive distributions of N numbers against the labels.
 
     Args:
-        place: (N,) probability integral transform.
-        inside: share of labels in the central 90% interval.
-        inside_right: where that share is in 95 of 100 test sets if the predictions are right (binomial).
-        distance: largest distance of the transform's distribution from the uniform (Kolmogorov-Smirnov), a probability.
-        distance_right: below which it is in 95 of 100 test sets if the predictions are right.
+        pit: (N,) probability integral transform.
+        coverage: share of labels in the central 90% interval.
+        coverage_right: where that share is in 95 of 100 test sets if the predictions are right (binomial).
+        ks: Kolmogorov-Smirnov distance of the transform's distribution from the uniform, a probability.
+        ks_right: below which it is in 95 of 100 test sets if the predictions are right.
         shape: what is wrong, in words; empty where nothing is clear.
         crps: (N,) in units of the labels.
-        crps_alone: (N,), where the test labels themselves are the forecast, whatever the row.
+        crps_climatology: (N,), where the test labels themselves are the forecast, whatever the row.
     """
 
-    place: np.ndarray
-    inside: float
-    inside_right: tuple[float, float]
-    distance: float
-    distance_right: float
+    pit: np.ndarray
+    coverage: float
+    coverage_right: tuple[float, float]
+    ks: float
+    ks_right: float
     shape: str
     crps: np.ndarray
-    crps_alone: np.ndarray
+    crps_climatology: np.ndarray
 
 
-def _shape(place: np.ndarray) -> str:
-    bias, width = bias_and_width(np.minimum((place * (_RANKS + 1)).astype(int), _RANKS), _RANKS)
+def _shape(pit: np.ndarray) -> str:
+    bias, width = bias_and_width(np.minimum((pit * (_RANKS + 1)).astype(int), _RANKS), _RANKS)
     words = [word for value, words in ((bias, ("too high", "too low")), (width, ("too wide", "too narrow")))
              for word, clear in zip(words, (value < -_ERRORS, value > _ERRORS), strict=True) if clear]  # fmt: skip
     return ", ".join(words)

@@ -50,12 +50,12 @@ def _inside(f: Findings):
     if f.intervals is None:
         yield unchecked(f"share in the {LEVEL:.0%} interval", f.missing["intervals"])
         return
-    share, (low, high) = f.intervals.inside, f.intervals.inside_right
+    share, (low, high) = f.intervals.coverage, f.intervals.coverage_right
     off = max(low - share, share - high)
     verdict = "good" if off <= 0 else "warning" if off <= SLACK else "bad"
     yield (
         f"share in the {LEVEL:.0%} interval", share, f"{low:.3f} to {high:.3f}", verdict,
-        f"Where it is in 95 of 100 test sets of {len(f.intervals.place)} rows if the intervals are right (binomial).",
+        f"Where it is in 95 of 100 test sets of {len(f.intervals.pit)} rows if the intervals are right (binomial).",
         "" if verdict == "good" else f"The intervals are too {'narrow' if share < low else 'wide'}: "
         "look at the noise's scale, then at the posterior's.",
     )  # fmt: skip
@@ -66,11 +66,11 @@ def _uniform(f: Findings):
         yield unchecked("labels uniform in their predictions", f.missing["intervals"])
         return
     found = f.intervals
-    off = found.distance - found.distance_right
+    off = found.ks - found.ks_right
     verdict = "good" if off <= 0 else "warning" if off <= SLACK else "bad"
     shape = f" The predictions are {found.shape}." if found.shape else ""
     yield (
-        "labels uniform in their predictions (PIT)", found.distance, f"≤ {found.distance_right:.3f}", verdict,
+        "labels uniform in their predictions (PIT)", found.ks, f"≤ {found.ks_right:.3f}", verdict,
         "Largest distance from the uniform of the predictive probability below each label, Kolmogorov-Smirnov; up to "
         f"the threshold in 95 of 100 test sets where the predictions are right.{shape}",
         "" if verdict == "good" else "Look at the picture of the transform: at its ends are the surprises.",
@@ -80,7 +80,7 @@ def _uniform(f: Findings):
 def _crps(f: Findings):
     if f.intervals is None:
         return
-    value, alone, limit, verdict = against_simpler(f.intervals.crps, f.intervals.crps_alone)
+    value, alone, limit, verdict = against_simpler(f.intervals.crps, f.intervals.crps_climatology)
     yield (
         "CRPS (units of the labels)", value, f"< {limit:.3g}", verdict,
         f"± {error(f.intervals.crps):.2g}; all test labels as one forecast for every row have {alone:.3g}, less two "
@@ -92,11 +92,11 @@ def _crps(f: Findings):
 def _variance_share(f: Findings):
     p = f.prediction
     if len(p.loc) == 1:
-        yield unchecked("model's share of the variance", "one draw: nothing to tell apart")
+        yield unchecked("epistemic share of the variance", "one draw: nothing to tell apart")
         return
-    share = float(p.model_sd.square().double().sum() / p.sd.square().double().sum())
+    share = float(p.epistemic_sd.square().double().sum() / p.sd.square().double().sum())
     yield (
-        "model's share of the variance", share, "> 0.005", "good" if share > 0.005 else "warning",
+        "epistemic share of the variance", share, "> 0.005", "good" if share > 0.005 else "warning",
         "Variance of the draws' means over the predictive variance: what more data could remove; the rest is noise.",
         "" if share > 0.005 else "The draws hardly differ: this is a point estimate in all but name.",
     )  # fmt: skip

@@ -123,14 +123,14 @@ def _selective(f: Findings):
 
 def _model_part(f: Findings):
     if f.uncertainty is None:
-        yield unchecked("model's share of the entropy", f.missing["uncertainty"])
+        yield unchecked("epistemic share of the entropy", f.missing["uncertainty"])
         return
     if f.uncertainty.note:
-        yield unchecked("model's share of the entropy", f.uncertainty.note)
+        yield unchecked("epistemic share of the entropy", f.uncertainty.note)
         return
-    share = f.uncertainty.model_share
+    share = f.uncertainty.epistemic_share
     yield (
-        "model's share of the entropy", share, "> 0.005", "good" if share > 0.005 else "warning",
+        "epistemic share of the entropy", share, "> 0.005", "good" if share > 0.005 else "warning",
         "Mutual information over predictive entropy: what more data could remove; the rest is in the labels.",
         "" if share > 0.005 else "The draws hardly differ: this is a point estimate in all but name.",
     )  # fmt: skip

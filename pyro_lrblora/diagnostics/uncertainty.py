@@ -18,12 +18,12 @@ _POINT = "one draw: mutual information and disagreement are zero by construction
 
 
 def decompose(prediction: Prediction) -> Uncertainty:
-    """Split the entropy of each row's predictive distribution into a data and a model part.
+    """Split the entropy of each row's predictive distribution into an aleatoric and an epistemic part.
 
     entropy = expected_entropy + mutual_information: the entropy of the mean over draws is the mean of the draws' own
-    entropies (what more draws of weights would not remove: the data part) plus how much they differ (the model part),
+    entropies (aleatoric: more data would not remove it) plus how much they differ (epistemic: more data would),
     Houlsby et al. 2011 (arXiv 1112.5745), Depeweg et al. 2018 (arXiv 1710.07283). S draws cannot show more than log S
-    nats of the model part.
+    nats of the epistemic part.
 
     Args:
         prediction: logits (S, N, C); labels are optional.
@@ -105,8 +105,8 @@ class Uncertainty:
 
     Args:
         entropy: (N,) of the predictive distribution, expected_entropy + mutual_information.
-        expected_entropy: (N,) the data part.
-        mutual_information: (N,) the model part, between label and weights.
+        expected_entropy: (N,) the aleatoric part.
+        mutual_information: (N,) the epistemic part, between label and weights.
         disagreement: (N,) share of draws that do not predict the class most of them do (variation ratio).
         max_probability: (N,) of the predictive distribution.
         predicted: (N,) its most probable class.
@@ -129,8 +129,8 @@ class Uncertainty:
         return None if self.labels is None else self.predicted == self.labels
 
     @property
-    def model_share(self) -> float:
-        """Share of the mean entropy that is the model's; 0 where every row is certain."""
+    def epistemic_share(self) -> float:
+        """Share of the mean entropy that is epistemic; 0 where every row is certain."""
         total = self.entropy.mean()
         return float(self.mutual_information.mean() / total) if total > 0 else 0.0
 

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 
-from ..data import Batch, batch_rows
+from ..data import Batch, batch_rows, some_rows
 from ..guides.mirrored import mirrored
 from ..model import BayesianLoRA
 from .progress import load_states, states
@@ -50,8 +50,7 @@ class Workers:
         start, stop = rows * self.rank // self.size, rows * (self.rank + 1) // self.size
         # A process left without rows runs one that counts nothing.
         mine = self.mine = slice(start, max(stop, start + 1))
-        whole = lambda value: not isinstance(value, Tensor) or value.dim() == 0
-        return {k: v if whole(v) else v[mine] for k, v in batch.items()}, (stop - start) / rows
+        return some_rows(batch, mine), (stop - start) / rows
 
     def share(self, batches):
         """This process's batches of a pass, every P-th."""

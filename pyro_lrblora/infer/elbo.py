@@ -25,7 +25,7 @@ class Bound:
 
     Args:
         log_likelihood: expected log likelihood.
-        kl: KL from prior to posterior (of a Delta guide, minus the log prior).
+        kl: KL(guide || prior) (of a Delta guide, minus the log prior).
     """
 
     log_likelihood: float
@@ -33,6 +33,7 @@ class Bound:
 
     @property
     def elbo(self) -> float:
+        """The bound itself."""
         return self.log_likelihood - self.kl
 
 
@@ -127,7 +128,7 @@ def score_term(guide: LatentGuide, node) -> Tensor:
 
 
 def latent_kl(guide, prior) -> Tensor:
-    """KL in nats from the sites' joint prior to a distribution over the flat vector; draws per row count once.
+    """KL(guide || prior) in nats of a distribution over the flat vector; draws per row count once.
 
     Args:
         guide: the distribution of "_latents".

@@ -89,7 +89,7 @@ class KroneckerMatrix:
         return cls([m for site in left.values() for m in site], [m for site in right.values() for m in site])
 
     def log_det(self, prior_precision: Tensor) -> Tensor:
-        """log det of the matrix plus the prior precision (D,), one number per module, in nats."""
+        """log det of the matrix plus the prior precision (D,), in nats; exact where that is one number per module."""
         return torch.cat([precision.flatten() for *_, precision in self._rotated(prior_precision)]).log().sum()
 
     def posterior(self, model, loc: Tensor, prior_precision: Tensor):

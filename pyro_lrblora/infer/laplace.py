@@ -51,7 +51,7 @@ def laplace(
         rank: eigenvectors of "low_rank".
         prior_precision: "fixed" keeps the prior; "marginal_likelihood" takes the one scale with the greatest evidence
             given the mode and curvature found; "per_module" one scale per module. The returned model carries it.
-        init: a point posterior to start from, fitted to these rows: with options={} and init given, nothing is trained.
+        init: a point posterior fitted to these rows; then nothing is trained, and options are refused.
         seed: of the point fit.
         tokenizer: for a datasets.Dataset, where the model has none.
         options: of svi, for the point fit.

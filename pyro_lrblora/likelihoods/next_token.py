@@ -9,7 +9,7 @@ import pyro
 import pyro.distributions as dist
 from torch import Tensor
 
-from ..data.texts import IGNORED
+from ..data.batches import IGNORED
 from ..predictions import TokenPrediction
 from .categorical import check_finite, logits_of
 

@@ -14,7 +14,7 @@ from .canvas import BLUE, GREEN, GREY, ORANGE, canvas
 
 
 def entropy_parts(result: Uncertainty):
-    """Data part against model part of every row's entropy, wrong rows in another colour.
+    """Aleatoric against epistemic part of every row's entropy, wrong rows in another colour.
 
     Args:
         result: of diagnostics.uncertainty.decompose.
@@ -31,8 +31,8 @@ def entropy_parts(result: Uncertainty):
             result.expected_entropy[rows], result.mutual_information[rows], marker, color=colour, markersize=3,
             alpha=0.6, linestyle="none", label=name,
         )  # fmt: skip
-    axis.set_xlabel("data part: expected entropy (nats)")
-    axis.set_ylabel("model part: mutual information (nats)")
+    axis.set_xlabel("aleatoric: expected entropy (nats)")
+    axis.set_ylabel("epistemic: mutual information (nats)")
     axis.legend(frameon=False, fontsize=8)
     return figure
 
@@ -92,8 +92,8 @@ def pit_histogram(result: Intervals, bins: int = 10):
     from scipy.stats import binom
 
     figure, ((axis,),) = canvas(5.2, 2.8)
-    counts, edges = np.histogram(result.place, bins, (0, 1))
-    low, high = binom.interval(0.95, len(result.place), 1 / bins)
+    counts, edges = np.histogram(result.pit, bins, (0, 1))
+    low, high = binom.interval(0.95, len(result.pit), 1 / bins)
     axis.bar(edges[:-1], counts, np.diff(edges), align="edge", color=BLUE, alpha=0.8)
     axis.axhspan(low, high, color=GREY, alpha=0.35, linewidth=0)
     axis.set_xlim(0, 1)

@@ -243,7 +243,7 @@ def _other_labels(f: Findings) -> Iterator:
     if f.intervals is not None:
         yield Picture(
             pit_histogram(f.intervals),
-            f"Predictive probability below the labels; {f.intervals.inside:.1%} are in the 90% interval",
+            f"Predictive probability below the labels; {f.intervals.coverage:.1%} are in the 90% interval",
             "Flat where the predictions are right: heaped at both ends they are too narrow, in the middle too wide. "
             "Grey: where 95% of the bars of a right model are.",
         )
@@ -252,7 +252,8 @@ def _other_labels(f: Findings) -> Iterator:
 def unsure(f: Findings, test) -> Iterator:
     if isinstance(f.prediction, NumberPrediction):
         p = f.prediction
-        columns = {"mean": p.mean, "sd": p.sd, "noise sd": p.data_sd, "model sd": p.model_sd, "label": p.labels}
+        columns = {"mean": p.mean, "sd": p.sd, "aleatoric sd": p.aleatoric_sd, "epistemic sd": p.epistemic_sd}
+        columns["label"] = p.labels
         frame = pd.DataFrame({name: np.asarray(each) for name, each in columns.items() if each is not None})
         yield Table(frame.rename_axis("row").nlargest(_ROWS, "sd"), "The rows it is least sure of")
         return
@@ -265,13 +266,14 @@ def unsure(f: Findings, test) -> Iterator:
         return
     u = f.uncertainty
     yield Text(
-        f"Predictive entropy is {u.entropy.mean():.3f} nats per row: {u.expected_entropy.mean():.3f} are in the data, "
-        f"{u.mutual_information.mean():.4f} ({u.model_share:.1%}) in the model and could be learned away."
+        f"Predictive entropy is {u.entropy.mean():.3f} nats per row: {u.expected_entropy.mean():.3f} are aleatoric, in "
+        f"the data; {u.mutual_information.mean():.4f} ({u.epistemic_share:.1%}) are epistemic: more data would "
+        "take them away."
     )
     if not u.note:
         yield Picture(
             entropy_parts(u),
-            "Data part against model part of the entropy of each row",
+            "Aleatoric against epistemic part of the entropy of each row",
             "Rows far up are those on which the posterior's draws disagree.",
         )
     if f.selective is not None:
