@@ -312,6 +312,15 @@ def test_map_epochs_move_the_start():
     assert spread(fit(model, map_epochs=3, **still)) > 1e-3
 
 
+def test_what_does_not_fit_together_is_refused_before_map_epochs(monkeypatch):
+    model = lb.BayesianLoRA(tiny_bert(), lb.LoRAXS(2)).prepare(token_batches())
+    monkeypatch.setattr("pyro_lrblora.infer.loop.Loop.run_epoch", lambda *_: pytest.fail("an epoch was run"))
+    with pytest.raises(TypeError, match="symmetric about its mean"):
+        fit(model, guide=lb.guides.Flow(), antithetic=True, map_epochs=1)
+    with pytest.raises(ValueError, match="closed-form KL"):
+        fit(model, guide=lb.guides.Flow(), kl="closed", map_epochs=1)
+
+
 def test_fixed_head_stays_and_bayesian_head_learns():
     model = lb.BayesianLoRA(tiny_bert(), lb.LoRAXS(2)).prepare(token_batches())
     first = fit(model)

@@ -94,19 +94,19 @@ def check_sites(model: BayesianLoRA, guide: torch.nn.Module) -> None:
         )
 
 
-def check_estimator(
-    guide: torch.nn.Module, antithetic: bool, path_derivative: bool, per_row: bool, particles: int
-) -> None:
+def check_estimator(guide: torch.nn.Module, settings: Mapping[str, object], per_row: bool) -> None:
     """Raise a TypeError or ValueError where a guide cannot be drawn from, or differentiated, in the way asked for."""
-    if path_derivative and not getattr(guide, "has_density", False):
+    if settings["path_derivative"] and not getattr(guide, "has_density", False):
         raise TypeError(
             f"expected a guide of pyro_lrblora.guides with a density for path_derivative=True, got "
             f"{type(guide).__name__}; write path_derivative=False"
         )
-    if antithetic and not (getattr(guide, "symmetric", False) and guide.has_density):
+    if settings["antithetic"] and not (getattr(guide, "symmetric", False) and guide.has_density):
         raise TypeError(
             f"expected a guide symmetric about its mean for antithetic=True, got {type(guide).__name__}; write "
             "antithetic=False"
         )
-    if antithetic and not per_row and particles % 2:
-        raise ValueError(f"expected an even number of particles with shared antithetic draws, got {particles}")
+    if settings["antithetic"] and not per_row and settings["particles"] % 2:
+        raise ValueError(
+            f"expected an even number of particles with shared antithetic draws, got {settings['particles']}"
+        )

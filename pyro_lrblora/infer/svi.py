@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -179,6 +179,8 @@ def svi(
         else:
             model = in_subspace(model, init, train, tokenizer)
             if map_epochs:
+                with torch.random.fork_rng():  # what does not fit together is refused before the point is fitted
+                    _begun(model, guide, init, settings)
                 init = svi(
                     model, train, guide=Delta(), epochs=map_epochs, rates=rates, init=init, warm_start=False, seed=seed,
                     schedule=schedule, warmup=warmup, clip=clip, accumulate=accumulate, precision=precision,
@@ -186,15 +188,7 @@ def svi(
                 )  # fmt: skip
                 model = in_subspace(model, init, train, tokenizer)
             model = workers.model_of_first(model, tokenizer)
-        check_prior(model)
-        fitted = base_guide(model, guide, init)
-        closed = kl != "mc" and not path_derivative and has_closed_form(model, fitted)
-        if kl == "closed" and not closed:
-            raise ValueError(f"expected a guide and prior with a closed-form KL, got {guide!r} and {model.prior!r}")
-        check_sites(model, fitted)
-        per_row = _per_row(draws, fitted, model.sites.size * batch_size)
-        check_estimator(fitted, antithetic, path_derivative, per_row, particles)
-        # Only now the pass over the data: what does not fit together is refused at once.
+        fitted, closed, per_row = _begun(model, guide, init, settings)
         fitted = spread_guide(fitted, model, guide, train, init, warm_start, warm_start_rows)
         resolved = {"kl": "closed" if closed else "mc", "draws": "row" if per_row else "shared"}
         posterior = Posterior(model, fitted, guide, [], {"method": "svi"} | arguments | resolved | record)
@@ -242,6 +236,23 @@ def svi(
             stacklevel=3,
         )
     return normal_at_mode(posterior, train) if isinstance(fitted, AutoLaplaceApproximation) else posterior
+
+
+def _begun(model: BayesianLoRA, spec, init: Posterior | None, settings: Mapping) -> tuple[torch.nn.Module, bool, bool]:
+    """The guide before any pass over the data, whether its KL is in closed form, and whether rows have own draws.
+
+    Raises:
+        ValueError, TypeError: a prior, a guide and settings that do not fit together.
+    """
+    check_prior(model)
+    guide = base_guide(model, spec, init)
+    closed = settings["kl"] != "mc" and not settings["path_derivative"] and has_closed_form(model, guide)
+    if settings["kl"] == "closed" and not closed:
+        raise ValueError(f"expected a guide and prior with a closed-form KL, got {spec!r} and {model.prior!r}")
+    check_sites(model, guide)
+    per_row = _per_row(settings["draws"], guide, model.sites.size * settings["batch_size"])
+    check_estimator(guide, settings, per_row)
+    return guide, closed, per_row
 
 
 def _per_row(draws: str, guide, entries: int) -> bool:
