@@ -93,20 +93,20 @@ def output_layer(network: nn.Module, head: Iterable[str]) -> str | None:
     return linear[-1] if linear else None
 
 
-def head_prior(start: Mapping[str, Tensor], output: str | None, scale: float) -> dict[str, dist.Normal]:
+def head_prior(centre: Mapping[str, Tensor], output: str | None, scale: float) -> dict[str, dist.Normal]:
     """The prior of every parameter of a head, a point's and a Bayesian one's alike.
 
     The output layer's weight is around zero, as in the probe that chose the scale. Its bias, which that scale is not
-    of, is around where it begins and as wide as it is large, at least 1: a base rate is nothing to be punished. What
-    else there is, such as a dense layer or the weight of a norm, is around its start, which a pull to zero would undo.
+    of, is around the probe's and as wide as that is large, at least 1: a base rate is nothing to be punished. What else
+    there is, such as a dense layer or a norm's weight, is around the network's own, which a pull to zero would undo.
 
     Args:
-        start: by dotted name, where the head begins.
+        centre: by dotted name, the head before any fit: the network's, its output layer probed.
         output: dotted name of the output layer.
         scale: standard deviation of the weights.
     """
     priors = {}
-    for name, value in start.items():
+    for name, value in centre.items():
         loc, sd = value, torch.full_like(value, scale)
         if name == f"{output}.weight":
             loc = torch.zeros_like(value)

@@ -211,8 +211,8 @@ class BayesianLoRA:
         return sum(0.5 * ((w - prior[name].loc) / prior[name].scale).square().sum() for name, w in head.items())
 
     def _head_prior(self) -> dict[str, dist.Normal]:
-        start = {name: value.to(self.device) for name, value in self.head_start.items()}
-        return head_prior(start, self._output_layer, self.head_scale or 1.0)
+        centre = {name: value.to(self.device) for name, value in self.head_centre.items()}
+        return head_prior(centre, self._output_layer, self.head_scale or 1.0)
 
     def outputs(self, batch: Batch, values: Mapping[str, Tensor], head: Mapping[str, Tensor]):
         """What the network returns for a batch at given latents, one draw or one per row.
@@ -306,7 +306,7 @@ class BayesianLoRA:
     def with_head(self, head: str | FixedHead) -> BayesianLoRA:
         """The same subspace and prior with another treatment of the head; a point head starts anew."""
         new = self._copy()
-        new._set_head(head, self.head_start)
+        new._set_head(head, self.head_start, self.head_centre)
         return new
 
     def with_size(self, size: int) -> BayesianLoRA:
@@ -319,7 +319,8 @@ class BayesianLoRA:
         if head_start is not None:
             new.head_scale = self.head_scale or other.head_scale
             new.prepared, new._class_names = other.prepared, other._class_names
-            new._set_head(self.head, head_start)
+            # What a fit made of the head is a start, not what is believed before the data.
+            new._set_head(self.head, head_start, self.head_centre if self.prepared else other.head_centre)
         return new
 
     def prepare(
@@ -361,9 +362,14 @@ class BayesianLoRA:
         new._attachment, new._precision = None, "fp32"  # and what is attached is the model it was made of
         return new
 
-    def _set_head(self, head: str | FixedHead, start: Mapping[str, Tensor]) -> None:
+    def _set_head(
+        self, head: str | FixedHead, start: Mapping[str, Tensor], centre: Mapping[str, Tensor] | None = None
+    ) -> None:
+        """Begin with a head, its prior around `centre`, or, where that is None, around the start."""
         check_head(head, start)
         self.head, self.head_start = head, {name: value.to(self.device) for name, value in start.items()}
+        centre = centre or start
+        self.head_centre = {name: centre[name].to(self.device) for name in start}
         self._fixed_head = {}
         if isinstance(head, FixedHead):
             self._fixed_head = {name: value.to(self.device) for name, value in head.values.items()}

@@ -119,7 +119,8 @@ def import_peft(model: BayesianLoRA, source) -> tuple[Posterior, pd.DataFrame]:
                 ) from None
             updates, head = _read(adapted)
     _check_head(model, head)
-    model = model.in_subspace_of(model, model.head_start | head)
+    model = model.in_subspace_of(model)
+    model._set_head(model.head, model.head_start | head)  # a prior around it: the adapter's head is a pretrained one
     closest = model.adapted.closest({name: update for name, update in updates.items() if name in model.modules})
     guide = Delta()(model)
     guide.begin_at(model.sites.join(closest).to(model.device))

@@ -23,7 +23,7 @@ from .model import BayesianLoRA
 from .posterior import Posterior, local_parameters
 from .provenance import versions
 
-_FORMAT = "pyro_lrblora posterior, version 3"
+_FORMAT = "pyro_lrblora posterior, version 4"
 FILES = ("posterior.json", "posterior.safetensors")
 _PROBES = 16  # values kept of every base parameter, to recognise the base
 
@@ -41,6 +41,7 @@ def save(posterior: Posterior, folder) -> None:
     tensors = {f"guide.{k}": v for k, v in posterior.guide.state_dict().items()}
     tensors |= {f"adapter.{k}": v for k, v in model.adapted.tensors().items()}
     tensors |= {f"head.{k}": v for k, v in (head or model.head_start).items()}
+    tensors |= {f"head_centre.{k}": v for k, v in model.head_centre.items()}
     if model.learned_scale is not None:
         tensors |= {f"prior.{k}": v for k, v in model.learned_scale.state_dict().items()}
     names, tensors["base"] = _base_probe(model.network, set(model.head_start))
@@ -118,7 +119,9 @@ def load(folder, network: nn.Module, *, tokenizer=None, prior=None, likelihood=N
     except (KeyError, ValueError) as error:
         raise ValueError(f"expected A and B of every module in {folder}, got others: {error!r}") from error
     # In the network's order, which is the order draws are made in; the file's is alphabetical.
-    saved = part("head.")
+    saved, centre = part("head."), part("head_centre.")
+    if centre.keys() != saved.keys():
+        raise ValueError(f"expected the prior's centre for {list(saved)} in {folder}, got {list(centre)}")
     values = {name: saved[name] for name in model.head_start}
     for name, start in model.head_start.items():
         if saved[name].shape != start.shape:
@@ -126,7 +129,7 @@ def load(folder, network: nn.Module, *, tokenizer=None, prior=None, likelihood=N
                 f"expected a network with {name} {tuple(saved[name].shape)}, got {tuple(start.shape)}; load it with "
                 "the posterior's num_labels"
             )
-    model._set_head(FixedHead(values) if head in ("fixed", "frozen") else head, values)
+    model._set_head(FixedHead(values) if head in ("fixed", "frozen") else head, values, centre)
     try:
         with torch.random.fork_rng():
             torch.manual_seed(0)

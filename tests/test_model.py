@@ -291,6 +291,28 @@ def test_a_prior_with_parameters_of_its_own_is_refused():
         lb.fit(lb.BayesianLoRA(tiny_bert(), lb.LoRAXS(2), scaled), token_batches(), progress=False)
 
 
+@pytest.mark.parametrize("head", ["point", "bayesian"])
+@pytest.mark.parametrize("prepared", [True, False])
+def test_the_prior_of_a_head_is_the_same_after_a_staged_start_and_on_disk(tmp_path, head, prepared):
+    """A dense layer is pulled to the network's own, not to what an earlier fit of the same rows made of it."""
+    from test_adapters import tiny_roberta
+
+    network, rates = tiny_roberta(), lb.Rates(head=0.05)
+    model = lb.BayesianLoRA(network, lb.LoRAXS(2), head=head)
+    first = lb.fit(model, token_batches(), guide=lb.guides.Diagonal(), rates=rates, epochs=3, progress=False)
+    model = model.prepare(token_batches()) if prepared else model
+    staged = lb.fit(model, token_batches(), init=first, map_epochs=1, rates=rates, epochs=1, progress=False)
+    staged.save(tmp_path)
+    loaded = lb.Posterior.load(tmp_path, network)
+    own = {name: network.get_parameter(name) for name in model.head_start if "dense" in name}
+    assert own
+    for posterior in (first, staged, loaded, lb.fit(loaded.model, token_batches(), init=loaded, progress=False)):
+        prior = posterior.model._head_prior()
+        assert all(torch.equal(prior[name].loc, value) for name, value in own.items())
+        moved = lb.fixed_from(posterior).values
+        assert all(not torch.equal(moved[name], value) for name, value in own.items())
+
+
 def test_one_prior_of_the_head_spares_base_rates_and_what_was_pretrained():
     from test_adapters import tiny_roberta
 

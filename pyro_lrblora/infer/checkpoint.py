@@ -18,7 +18,7 @@ from ..data import EncodedBatches
 from ..model import BayesianLoRA
 from ..posterior import Posterior
 from .progress import states, under
-from .start import in_same_subspace, same_tensors
+from .start import in_same_subspace, same_tensors, subspace_of
 
 _FORMAT = "pyro_lrblora fit, version 1"
 _PROBES = 16  # values of every base parameter that tell one base from another
@@ -65,8 +65,7 @@ class Checkpoint:
                 f"expected head_scale={new.head_scale} as in {self.path}, got head_scale={model.head_scale}; write "
                 "another folder"
             )
-        frozen = lambda of: of.head_start | of.adapted.tensors()
-        if model.prepared and not same_tensors(frozen(model), frozen(new)):
+        if model.prepared and not same_tensors(subspace_of(model)[0], subspace_of(new)[0]):
             raise ValueError(
                 f"expected a model in the subspace of {self.path} and with its head's start, got one prepared in "
                 "another or with another; give the model as it was before prepare()"

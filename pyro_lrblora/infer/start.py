@@ -53,9 +53,10 @@ def _check_adapter(model: BayesianLoRA, other: BayesianLoRA) -> None:
 
 
 def subspace_of(model: BayesianLoRA) -> tuple[dict[str, torch.Tensor], dict]:
-    """What `in_subspace` decided, as tensors and JSON: the adapter's frozen part, the head's start and its scale."""
+    """What `in_subspace` decided, as tensors and JSON: the adapter's frozen part, the head's start and its prior."""
     tensors = {f"adapter.{name}": value for name, value in model.adapted.tensors().items()}
     tensors |= {f"head.{name}": value for name, value in model.head_start.items()}
+    tensors |= {f"head_centre.{name}": value for name, value in model.head_centre.items()}
     return tensors, {"head_scale": model.head_scale, "class_names": model._class_names, "prepared": model.prepared}
 
 
@@ -65,7 +66,7 @@ def in_same_subspace(
     """in_subspace without its passes over the data, from what `subspace_of` returned."""
     shapes = {name: tuple(base_weight(module).shape) for name, module in model.modules.items()}
     frozen = {name: value.to(model.device) for name, value in under("adapter.", tensors).items()}
-    head = under("head.", tensors)
+    head, centre = under("head.", tensors), under("head_centre.", tensors)
     new = model._copy(
         size=rows,
         tokenizer=tokenizer or model.tokenizer,
@@ -75,7 +76,7 @@ def in_same_subspace(
         _adapted=model.adapter.restore(frozen, shapes),
     )
     # In the network's order, which is the order draws are made in; a file's is alphabetical.
-    new._set_head(model.head, {name: head[name] for name in model.head_start})
+    new._set_head(model.head, {name: head[name] for name in model.head_start}, centre)
     return new
 
 
