@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -146,7 +147,9 @@ class _AveragedStep:
 
     def __init__(self, draws: int, warpers, sample: bool, seed: int):
         self.draws, self.warpers, self.sample = draws, warpers, sample
-        self.generator = torch.Generator().manual_seed(seed)
+        # A stream of its own: the posterior was drawn with the seed itself.
+        (own,) = np.random.SeedSequence(seed % 2**64).generate_state(1).tolist()
+        self.generator = torch.Generator().manual_seed(own)
         self.log_probs: list[Tensor] = []
         self.entropy: list[Tensor] = []
         self.data_entropy: list[Tensor] = []

@@ -67,7 +67,7 @@ class Prediction:
     @property
     def nll(self) -> float:
         """Mean negative log probability of the labels, nats per row."""
-        return metrics.nll(self.probs, self.labels)
+        return float(self.losses()["NLL"].mean())
 
     def tempered(self, temperature: float) -> Prediction:
         """The same with log probabilities divided by a temperature and normalised again, as one draw."""
@@ -78,17 +78,17 @@ class Prediction:
         of = (self.probs, self.labels)
         return {
             "accuracy": metrics.accuracy(*of),
-            "NLL": metrics.nll(*of),
+            "NLL": self.nll,
             f"ECE ({bins} bins)": metrics.ece(*of, bins),
             "Brier": metrics.brier(*of),
         }
 
     def losses(self) -> dict[str, np.ndarray]:
         """What NLL and Brier are the means of, (N,) each."""
-        probs, hits = self.probs.double().numpy(), np.eye(self.logits.shape[-1])[given(self.labels).numpy()]
+        log_probs, hits = self.log_probs.double().numpy(), np.eye(self.logits.shape[-1])[given(self.labels).numpy()]
         return {
-            "NLL": -np.log(np.maximum((probs * hits).sum(-1), 1e-30)),
-            "Brier": np.square(probs - hits).sum(-1),
+            "NLL": -np.take_along_axis(log_probs, self.labels.numpy()[:, None], 1)[:, 0],
+            "Brier": np.square(np.exp(log_probs) - hits).sum(-1),
         }
 
     def draw_labels(self) -> Tensor:

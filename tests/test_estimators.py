@@ -66,6 +66,44 @@ ESTIMATORS = {
 }
 
 
+def factored(shapes):
+    """The latents are pulled together by a factor, as a prior of one's own may."""
+    (name,) = shapes
+    value = pyro.sample(name, pyro.distributions.Normal(0.0, 0.7).expand(shapes[name]).to_event())
+    pyro.factor("together", -2.0 * value.square().sum((-3, -2, -1)))
+    return {name: value}
+
+
+def cold(shapes):
+    with poutine.scale(scale=0.1):
+        return lb.priors.Normal(0.7)(shapes)
+
+
+def flat(shapes):
+    with poutine.mask(mask=False):
+        return lb.priors.Normal(0.7)(shapes)
+
+
+@pytest.mark.parametrize("prior", [factored, cold, flat], ids=label)
+def test_what_a_prior_adds_to_its_densities_counts_once(problem, prior):
+    """The fit's own bound is the log joint minus log q, drawn by hand."""
+    model = problem.model.with_prior(prior)
+    fit = lb.fit(model, problem.batches(24), guide=G.Diagonal(), rates=lb.Rates(loc=0.03), steps=1000, progress=False)
+    values = fit.sample(2000, seed=1)
+    joint = []
+    for draw in values["R"]:
+        trace = poutine.trace(poutine.condition(model, {"R": draw})).get_trace(problem.batch)
+        joint.append(float(trace.log_prob_sum()))
+    expected = torch.tensor(joint).double() - fit.log_prob(values)
+    found = 24 * torch.tensor([row["elbo"] for row in fit.history[-200:]]).double()
+    error = (expected.var() / len(expected) + found.var() / len(found)).sqrt()
+    assert error < 0.3
+    assert abs(found.mean() - expected.mean()) < 4 * error
+    if prior is factored:
+        with pytest.raises(ValueError, match="together.*once per row"):
+            lb.fit(model, problem.batches(24), guide=G.Diagonal(), draws="row", progress=False)
+
+
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_the_mean_gradient_is_exact(problem, estimator):
     guide = off_optimum(problem, G.LowRankPrecision(2))

@@ -252,6 +252,20 @@ def test_sites_of_as_many_modules_are_not_those_of_all_modules():
         lb.infer.laplace(model, None, prior_precision="per_module")
 
 
+def test_a_structured_prior_is_not_replaced_by_another():
+    model = lb.BayesianLoRA(tiny_bert(), lb.LoRAXS(2)).prepare(token_batches())
+    per_module = lb.priors.Normal([0.1] * len(model.modules))
+    for prior, message in (
+        (lb.priors.SingularValues.of(model), "expected lb.priors.Normal for prior_precision='marginal_likelihood'"),
+        (per_module, "write prior_precision='per_module'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            lb.infer.laplace(model.with_prior(prior), token_batches(), prior_precision="marginal_likelihood")
+    for prior, tuning in ((per_module, "per_module"), (lb.priors.SingularValues.of(model), "fixed")):
+        options = {"prior_precision": tuning, "steps": 1, "progress": False}
+        lb.infer.laplace(model.with_prior(prior), token_batches(), **options)
+
+
 def test_a_point_under_another_prior_is_refused():
     model = lb.BayesianLoRA(tiny_bert(), lb.LoRAXS(2)).prepare(token_batches())
     point = lb.fit(model, token_batches(), guide=lb.guides.Delta(), epochs=1, progress=False)

@@ -9,6 +9,7 @@ from scipy import stats
 from sklearn.calibration import calibration_curve
 from sklearn.metrics import accuracy_score, average_precision_score, log_loss, roc_auc_score
 
+import pyro_lrblora as lb
 from pyro_lrblora import metrics
 
 
@@ -85,6 +86,16 @@ def test_ranges_and_row_order(rows, classes, seed):
         assert 0 <= value <= top + 1e-12
         assert metric(probs[order], labels[order]) == pytest.approx(value)
         assert metric(torch.tensor(probs), torch.tensor(labels)) == pytest.approx(value)
+
+
+def test_confident_mistakes_cost_what_they_cost():
+    logits = torch.tensor([[150.0, 0.0], [0.0, 90.0]]).expand(3, -1, -1)
+    prediction = lb.Prediction(logits, torch.tensor([1, 1]))
+    assert prediction.nll == prediction.scores()["NLL"] == pytest.approx(75.0)
+    unlabelled = lb.Prediction(logits, None)
+    for found in (unlabelled.losses, unlabelled.scores, lambda: unlabelled.nll, lambda: unlabelled.log_likelihood):
+        with pytest.raises(ValueError, match="expected labels"):
+            found()
 
 
 def test_perfect_calibration_scores_near_zero():

@@ -243,6 +243,14 @@ def test_noise_at_the_optimum_is_what_theory_says_and_the_signal_is_nothing():
     assert found.loc["loc", "snr"] < 0.1  # three standard errors of the mean, 1 / sqrt(600)
 
 
+def test_batches_of_unequal_size_are_no_signal():
+    problem, posterior = at_the_optimum(path_derivative=True)  # without noise of draws
+    table = gradient_noise(posterior, problem.batches(22), batches=40).table
+    assert len(problem.batches(22)) == 2
+    equal = gradient_noise(posterior, problem.batches(12), batches=40).table
+    assert (table["signal"] < 1e-3 * equal["noise"]).all()
+
+
 def test_signal_far_from_the_optimum_is_the_exact_gradient():
     problem, posterior = at_the_optimum(kl="closed")
     posterior.guide.loc.data += 5.0

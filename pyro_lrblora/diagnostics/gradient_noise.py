@@ -10,7 +10,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from ..data import as_batches
+from ..data import as_batches, row_weight
 from ..guides.draws import DrawsGuide
 from ..guides.ensemble import EnsembleGuide
 from ..infer.elbo import PartedELBO, has_closed_form
@@ -143,7 +143,10 @@ def _gradients(posterior: Posterior, data, groups) -> Iterator[dict[str, Tensor]
         for position, batch in enumerate(data):
             for parameter in (p for group in groups.values() for p in group):
                 parameter.grad = None
-            add_gradients(model, elbo, program, proposal, batch, (position, epoch), settings.get("precision", "fp32"))
+            add_gradients(
+                model, elbo, program, proposal, batch, (position, epoch), settings.get("precision", "fp32"),
+                row_weight(batch, data),
+            )  # fmt: skip
             yield {
                 kind: torch.cat([
                     (torch.zeros_like(p) if p.grad is None else p.grad).detach().flatten().double() for p in group

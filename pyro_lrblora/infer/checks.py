@@ -84,6 +84,18 @@ def check_prior(model: BayesianLoRA) -> None:
         )
 
 
+def sites_of_latents(model: BayesianLoRA) -> list[str]:
+    """The prior's own sites, pyro.factor and observed ones among them, whose density depends on the latents."""
+    with torch.random.fork_rng():
+        first = poutine.trace(model.sample_prior).get_trace()
+        others = [name for name, node in first.nodes.items() if node["type"] == "sample"]
+        others = [name for name in others if name not in model.sites.shapes]
+        values = {name: first.nodes[name]["value"] for name in others if name in first.stochastic_nodes}
+        again = poutine.trace(poutine.condition(model.sample_prior, values)).get_trace()
+    density = lambda trace, name: trace.nodes[name]["fn"].log_prob(trace.nodes[name]["value"]).sum()
+    return [name for name in others if not torch.equal(density(first, name), density(again, name))]
+
+
 def check_sites(model: BayesianLoRA, guide: torch.nn.Module) -> None:
     """Raise a ValueError where the prior has a site that the guide does not sample."""
     wanted = set(poutine.trace(model.sample_prior).get_trace().stochastic_nodes)

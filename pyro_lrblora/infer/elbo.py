@@ -146,7 +146,10 @@ def has_closed_form(model, guide) -> bool:
     if not isinstance(guide, LatentGuide):
         return False
     trace = poutine.trace(poutine.replay(model.sample_prior, poutine.trace(guide).get_trace())).get_trace()
-    prior = [trace.nodes[name]["fn"] for name in model.sites.shapes]
+    nodes = [trace.nodes[name] for name in model.sites.shapes]
+    prior = [node["fn"] for node in nodes]
+    if any(node["scale"] != 1 or node["mask"] is not None for node in nodes):
+        return False  # poutine.scale or mask, which the distribution does not show
     if not all(is_normal(fn) for fn in prior) or _depend_on_each_other(model, trace, prior):
         return False
     try:

@@ -46,7 +46,7 @@ def ensemble(
         guide: the members' family.
         spread: standard deviation of the members' starts around the base, as a share of the prior's.
         seed: of the starts, the fits and the order of rows (of Batches too, where they shuffle), member m having
-            seed + m.
+            seed * M + m, so that ensembles of different seeds share no member.
         n_jobs: processes, as for parallel_fits.
         tokenizer: for a datasets.Dataset, where the model has none.
         batch_size: rows per batch, for a datasets.Dataset.
@@ -68,17 +68,17 @@ def ensemble(
     if not model.prepared:
         model = model.prepare(rows, tokenizer=tokenizer)
     jobs = {}
-    for member in range(members):
+    for member, own_seed in enumerate(range(seed * members, (seed + 1) * members)):
         start = start_at(model, None, rows, tokenizer)
         with torch.no_grad():
             variance = model.sites.join(prior_variance(model.sample_prior, model.sites.shapes))
-            generator = torch.Generator().manual_seed(seed + member)
+            generator = torch.Generator().manual_seed(own_seed)
             noise = torch.randn(len(variance), generator=generator).to(variance)
             start.guide.loc += spread * variance.sqrt() * noise
         # Batches bring the seed of their order with them, the same for all.
-        given = train.restarted(seed + member) if isinstance(train, EncodedBatches) else train
+        given = train.restarted(own_seed) if isinstance(train, EncodedBatches) else train
         jobs[f"member {member}"] = partial(
-            svi, model, given, guide=guide, init=start, seed=seed + member, tokenizer=tokenizer, batch_size=batch_size,
+            svi, model, given, guide=guide, init=start, seed=own_seed, tokenizer=tokenizer, batch_size=batch_size,
             checkpoint=None if checkpoint is None else Path(checkpoint) / f"member_{member}", **options,
         )  # fmt: skip
     own = {"prior": model.prior, "likelihood": model.likelihood, "guide": guide, "tokenizer": tokenizer}

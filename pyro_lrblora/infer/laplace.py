@@ -124,6 +124,16 @@ def _check_program(model: BayesianLoRA, prior_precision: str) -> None:
             f"expected a Normal prior for a Laplace approximation, got {model.prior!r} with {found}: its density has "
             "no Gaussian curvature at the mode; write prior=lb.priors.Normal(0.1), or fit by lb.fit or lb.infer.nuts"
         )
+    if prior_precision != "fixed" and not isinstance(model.prior, Normal):
+        raise ValueError(
+            f"expected lb.priors.Normal for prior_precision={prior_precision!r}, which would take its place, got "
+            f"{model.prior!r}; write prior_precision='fixed'"
+        )
+    if prior_precision == "marginal_likelihood" and isinstance(model.prior.scale, tuple):
+        raise ValueError(
+            f"expected a prior of one scale for prior_precision='marginal_likelihood', got {model.prior!r}; write "
+            "prior_precision='per_module'"
+        )
     # As many modules at every site need not be the same ones. (A stand-in for an unknown subspace has all.)
     modules = {fn.event_shape[0] for fn in latents.values()}
     if prior_precision == "per_module" and modules != {len(model.modules)}:

@@ -20,7 +20,7 @@ from ..posterior import Posterior, local_parameters
 from ..predictive import predict
 from ..provenance import fitted_with
 from .checkpoint import Checkpoint, identity_of
-from .checks import check_device, check_estimator, check_prior, check_settings, check_sites
+from .checks import check_device, check_estimator, check_prior, check_settings, check_sites, sites_of_latents
 from .data_parallel import Workers
 from .elbo import PartedELBO, has_closed_form
 from .loop import Loop
@@ -250,19 +250,24 @@ def _begun(model: BayesianLoRA, spec, init: Posterior | None, settings: Mapping)
     if settings["kl"] == "closed" and not closed:
         raise ValueError(f"expected a guide and prior with a closed-form KL, got {spec!r} and {model.prior!r}")
     check_sites(model, guide)
-    per_row = _per_row(settings["draws"], guide, model.sites.size * settings["batch_size"])
+    per_row = _per_row(settings["draws"], guide, model.sites.size * settings["batch_size"], sites_of_latents(model))
     check_estimator(guide, settings, per_row)
     return guide, closed, per_row
 
 
-def _per_row(draws: str, guide, entries: int) -> bool:
+def _per_row(draws: str, guide, entries: int, dependent: Sequence[str]) -> bool:
     declared = getattr(guide, "rowwise", None) is not None
+    if draws == "row" and dependent:
+        raise ValueError(
+            f"expected a prior whose own sites do not depend on the latents for draws='row', got {list(dependent)}, "
+            "which would count once per row; write draws='shared'"
+        )
     if draws == "row" and not declared:
         raise TypeError(
             f"expected a guide that declares `rowwise` for draws='row', got {type(guide).__name__}, which would "
             "silently become one guide per row; write draws='shared'"
         )
-    return declared and (draws == "row" or (draws == "auto" and entries <= _ROWWISE_ENTRIES))
+    return declared and (draws == "row" or (draws == "auto" and not dependent and entries <= _ROWWISE_ENTRIES))
 
 
 def _validation_nll(posterior: Posterior, batches, draws: int, precision: str, workers: Workers) -> float:
