@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+from pyro.infer.autoguide import AutoNormal
 
 import pyro_lrblora as lb
 
@@ -125,6 +126,21 @@ def test_every_public_name_is_in_the_reference():
     pages = {page.stem: page.read_text() for page in DOCS.glob("reference/*.md")}
     named = set(re.findall(r"^\.\. auto\w+:: (\w+)", pages["pyro_lrblora"], re.MULTILINE)) | {"Batches"}
     assert named | set(pages) >= set(lb.__all__)
+
+
+def test_the_readme_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TQDM_DISABLE", "1")
+    names = {"__name__": "README", "AutoNormal": AutoNormal}
+    first, second, *_ = blocks(ROOT / "README.md", "python")
+    for block in (first, second):  # with fewer rows and epochs
+        few = re.sub(r"reviews\(\d+", "reviews(40", block).replace("epochs=5", "epochs=1").replace(", train)", ", train, epochs=1)")
+        exec(compile(few, "README.md", "exec"), names)
+    assert Path("out/report.html").exists()
+    assert Path("out/posterior").is_dir()
+    assert names["prediction"].logits.shape == (32, 40, 2)
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in names["fits"])
 
 
 def test_links_of_the_readme_lead_somewhere():
