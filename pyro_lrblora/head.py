@@ -140,6 +140,11 @@ def probe_head(model, batches) -> tuple[dict[str, Tensor], float]:
         for batch in batches:
             with torch.enable_grad():
                 logits = logits_of(model.pretrained_outputs(batch, head))
+                if logits.dim() != 2:
+                    raise ValueError(
+                        f"expected logits (B, C) for the linear probe of the head, got {tuple(logits.shape)}; write "
+                        "model.prepare(train, probe=False)"
+                    )
                 # Which of a row's tokens (or which mixture of them) the logits read, whatever the network's pooling.
                 first = logits[:, 0] if module.out_features > 1 else logits
                 (read,) = torch.autograd.grad(first.sum(), seen["output"])

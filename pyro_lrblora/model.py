@@ -19,7 +19,7 @@ from .adapters.attach import Attachment
 from .adapters.rows import run_rows
 from .adapters.targets import check_rank, device_of, find_targets
 from .context import check_context
-from .data import Batch, batch_rows
+from .data import Batch, batch_rows, check_class_order
 from .data.batches import IGNORED
 from .data_plate import DataPlate
 from .head import FixedHead, PointHead, check_head, check_in_memory, head_parameters, head_prior, output_layer
@@ -190,7 +190,9 @@ class BayesianLoRA:
         shapes = self.sites.shapes
         with nullcontext() if self.device.type == "cpu" else torch.device(self.device):
             values = self.prior(shapes) if self.learned_scale is None else self.prior(shapes, self.learned_scale())
-            missing = [name for name in shapes if name not in (values or {})]
+            if not isinstance(values, Mapping):
+                raise TypeError(f"expected the prior to return a dict of the latent sites, got {type(values).__name__}")
+            missing = [name for name in shapes if name not in values]
             if missing:
                 raise KeyError(f"expected the prior to return every latent site {list(shapes)}, missing {missing}")
             if self.head == "bayesian":
@@ -335,6 +337,7 @@ class BayesianLoRA:
         """Raise a ValueError unless the likelihood can take the batches' labels, and the network the longest row."""
         if batches.labels is None:
             raise ValueError(f"expected a column 'label' or 'labels' in the {role}, got none")
+        check_class_order(self._class_names, batches.class_names, role)
         check_context(self.network, batches.longest, role)
         if hasattr(self.likelihood, "check_labels"):
             labels = batches.labels

@@ -20,6 +20,12 @@ def check_parts(adapter, prior, likelihood) -> None:
         if not known:
             raise TypeError(f"expected {role}= such as {examples[role]}, got {part!r}")
 
+    if isinstance(likelihood, nn.Module) and any(p.requires_grad for p in likelihood.parameters()):
+        raise TypeError(
+            f"expected a likelihood without parameters, which a fit would not train, got those of {likelihood!r}; make "
+            "them arguments"
+        )
+
 
 def check_network(network: nn.Module, likelihood) -> None:
     """Raise a ValueError for a network that the adapter's hooks would not run in, that is adapted already, or that

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 from torch.distributions import Categorical, Normal
+from torch.special import entr
 
 from . import metrics
 
@@ -52,6 +53,17 @@ class Prediction:
     def predicted(self) -> Tensor:
         """The most probable class of each row, (N,)."""
         return self.log_probs.argmax(-1)
+
+    @property
+    def entropy(self) -> Tensor:
+        """Entropy of each row's predictive distribution, nats, (N,): all that is uncertain."""
+        return entr(self.probs.double()).sum(-1)
+
+    @property
+    def mutual_information(self) -> Tensor:
+        """The part of the entropy that is epistemic, nats, (N,); see diagnostics.decompose for the rest."""
+        expected = sum(entr(drawn.double().softmax(-1)).sum(-1) for drawn in self.logits) / len(self.logits)
+        return (self.entropy - expected).clamp(min=0)
 
     @property
     def log_likelihood(self) -> Tensor:

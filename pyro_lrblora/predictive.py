@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .adapters.rows import mixing_modules
 from .context import check_context
-from .data import Batch, as_batches, batch_rows
+from .data import Batch, as_batches, batch_rows, check_class_order
 from .likelihoods import check_classes, prediction, summary
 from .linearised import draw_logits, logit_moments, probit_logits
 from .posterior import Posterior, local_parameters
@@ -67,13 +67,17 @@ def predict(
     """
     if at not in (None, "mean"):
         raise ValueError(f"expected at='mean' or at=None, got at={at!r}")
-    if draws < 1:
-        raise ValueError(f"expected draws >= 1, got draws={draws}")
+    if not isinstance(posterior, Posterior):
+        raise TypeError(f"expected a posterior, what lb.fit returned, got {type(posterior).__name__}")
+    if not (isinstance(draws, int) and draws >= 1):
+        raise ValueError(f"expected draws to be an integer >= 1, got draws={draws!r}")
     if method not in _METHODS or (at and method != "monte_carlo"):
         raise ValueError(f"expected method to be one of {_METHODS}, and no at= with the last two, got {method!r}")
     model = posterior.model
     batches = as_batches(data, tokenizer or model.tokenizer, batch_size=batch_size, by_length=True)
     check_context(model.network, batches.longest, "data")
+    if batches.labels is not None:
+        check_class_order(model._class_names, batches.class_names, "data")
     if method != "monte_carlo":
         moments = logit_moments(posterior, batches, precision)
         logits = probit_logits(*moments) if method == "probit" else draw_logits(*moments, draws, seed)

@@ -86,6 +86,8 @@ def load(folder, network: nn.Module, *, tokenizer=None, prior=None, likelihood=N
     Raises:
         ValueError: the files are missing, corrupt or not a posterior, or belong to another base.
     """
+    if not isinstance(network, nn.Module):
+        raise TypeError(f"expected the network itself, a torch module, got {network!r}; load the base first")
     card, tensors = _read(Path(folder))
     part = lambda prefix: {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
     try:

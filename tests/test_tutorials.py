@@ -134,7 +134,11 @@ def test_the_readme_runs(tmp_path, monkeypatch, capsys):
     names = {"__name__": "README", "AutoNormal": AutoNormal}
     first, second, *_ = blocks(ROOT / "README.md", "python")
     for block in (first, second):  # with fewer rows and epochs
-        few = re.sub(r"reviews\(\d+", "reviews(40", block).replace("epochs=5", "epochs=1").replace(", train)", ", train, epochs=1)")
+        few = (
+            re.sub(r"reviews\(\d+", "reviews(40", block)
+            .replace("epochs=5", "epochs=1")
+            .replace(", train)", ", train, epochs=1)")
+        )
         exec(compile(few, "README.md", "exec"), names)
     assert Path("out/report.html").exists()
     assert Path("out/posterior").is_dir()

@@ -73,12 +73,12 @@ class LoRAXS:
             gradients = {name: self.projection.summed_gradient(statistics[name]) for name in modules}
             spectra = {name: leading_singular_vectors(g, self.rank, generator)[1] for name, g in gradients.items()}
             ranks = allocate_ranks({k: s.tolist() for k, s in spectra.items()}, self.budget, self.smallest_rank)
-        return BoundLoRAXS(
-            {
-                name: self.projection(base_weight(module), ranks[name], statistics.get(name, {}), generator)
-                for name, module in modules.items()
-            }
-        )
+        bases = {}
+        for name, module in modules.items():
+            weight = base_weight(module)
+            bases[name] = self.projection(weight, ranks[name], statistics.get(name, {}), generator)
+            _check_basis(bases[name], self.projection, ranks[name], weight.shape)
+        return BoundLoRAXS(bases)
 
     @property
     def smallest_rank(self) -> int:
@@ -99,6 +99,17 @@ class LoRAXS:
             if a[1:] != (n,) or b != (m, a[0]):
                 raise ValueError(f"expected A (r, {n}) and B ({m}, r) of {name!r}, got {a} and {b}")
         return BoundLoRAXS(bases)
+
+
+def _check_basis(basis, projection, rank: int, shape: torch.Size) -> None:
+    """Raise a TypeError or ValueError where a projection did not return A (r, n) and B (m, r), finite."""
+    if not isinstance(basis, Basis):
+        raise TypeError(f"expected {projection!r} to return a projections.Basis, got {type(basis).__name__}")
+    (m, n), a, b = shape, tuple(basis.A.shape), tuple(basis.B.shape)
+    if (a, b) != ((rank, n), (m, rank)):
+        raise ValueError(f"expected A ({rank}, {n}) and B ({m}, {rank}) from {projection!r}, got {a} and {b}")
+    if not (basis.A.isfinite().all() and basis.B.isfinite().all()):
+        raise ValueError(f"expected finite A and B from {projection!r}, got NaN or infinity")
 
 
 class BoundLoRAXS:

@@ -214,8 +214,13 @@ def as_batches(data, tokenizer=None, **options) -> EncodedBatches | _GivenBatche
         return Batches(data, tokenizer, **options)
     if isinstance(data, datasets.DatasetDict):
         raise TypeError(f"expected one split, got a DatasetDict; pick one of {list(data)}")
-    if isinstance(data, Mapping) or not isinstance(data, Iterable):
-        raise TypeError(f"expected a datasets.Dataset or a re-iterable of batch dicts, got {type(data).__name__}")
+    texts = isinstance(data, str) or (isinstance(data, list | tuple) and any(isinstance(row, str) for row in data))
+    if texts or isinstance(data, Mapping) or not isinstance(data, Iterable) or hasattr(data, "columns"):
+        advice = {True: 'datasets.Dataset.from_dict({"text": texts})', False: "datasets.Dataset.from_pandas(frame)"}
+        write = f"; write {advice[texts]}" if texts or hasattr(data, "columns") else ""
+        raise TypeError(
+            f"expected a datasets.Dataset or a re-iterable of batch dicts, got {type(data).__name__}{write}"
+        )
     return _GivenBatches(data)
 
 
@@ -231,6 +236,17 @@ def in_one_order(data):
     if isinstance(source, EncodedBatches | datasets.Dataset | list | tuple):
         return data
     return as_batches(list(as_batches(source)))
+
+
+def check_class_order(own: Sequence[str] | None, names: Sequence[str] | None, role: str) -> None:
+    """Raise a ValueError where data have the classes of a model in another order, which would pass for wrong labels."""
+    if own is None or names is None or list(own) == list(names) or sorted(own) != sorted(names):
+        return
+    mapping = {name: number for number, name in enumerate(own)}
+    raise ValueError(
+        f"expected the classes of the {role} in the model's order, {list(own)}, got {list(names)}; write "
+        f"dataset.align_labels_with_mapping({mapping}, 'label')"
+    )
 
 
 def _joined(labels: list[Tensor | None]) -> Tensor | None:
@@ -278,7 +294,8 @@ def _check_batch(batch: Batch) -> None:
     if not any(isinstance(value, Tensor) and value.dim() for value in batch.values()):
         kinds = {name: type(value).__name__ for name, value in batch.items()}
         raise TypeError(
-            f"expected batches to be dicts of tensors, got {kinds}; a list of rows is datasets.Dataset.from_list(rows)"
+            f"expected batches to be dicts of tensors, got {kinds}; rows that are not tokenised are "
+            "datasets.Dataset.from_list(rows)"
         )
     if "label" in batch and "labels" not in batch:
         raise KeyError("expected a batch's labels under 'labels', got 'label'; write rename_column('label', 'labels')")
@@ -330,12 +347,13 @@ def text_columns(dataset, text: str | Sequence[str] | None) -> Sequence[str]:
     for names in _TEXT_COLUMNS:
         if all(name in columns for name in names):
             return names
-    strings = [name for name, feature in dataset.features.items() if feature == datasets.Value("string")]
+    kinds = {name: getattr(feature, "dtype", None) for name, feature in dataset.features.items()}
+    strings = [name for name, kind in kinds.items() if kind in ("string", "large_string")]
     if len(strings) == 1:
         return strings
     raise KeyError(
         f"expected one of the text columns {[list(names) for names in _TEXT_COLUMNS]}, got columns {columns}; "
-        "write lb.Batches(dataset, tokenizer, text=...)"
+        f"write dataset.rename_column({(strings or columns)[0]!r}, 'text')"
     )
 
 

@@ -41,7 +41,7 @@ def _temperature(f: Findings):
     yield (
         "temperature", f.temperature, f"{low} to {high}", verdict,
         "What the log probabilities should be divided by, from validation rows: above 1 the posterior is too sure. It "
-        f"gains {f.temperature_gain:.1f} nats over all of them; up to {LIKELIHOOD_RATIO} is noise.",
+        f"gains {f.temperature_gain:.1f} nats over all of them; up to {LIKELIHOOD_RATIO} is noise, whatever its value.",
         "" if verdict == "good" else "Apply it, or change the prior's scale: the posterior alone is off.",
     )  # fmt: skip
 

@@ -8,6 +8,7 @@ import torch
 from pyro import poutine
 from pyro.poutine.util import site_is_subsample
 
+from ..guides import LatentGuide
 from ..model import PRECISIONS, BayesianLoRA
 from .progress import SCHEDULES
 from .step import Rates
@@ -52,15 +53,17 @@ def check_device(model: BayesianLoRA, device: str | None) -> None:
     """Raise a ValueError where a network cannot be moved to a device, or the algebra of guides cannot run on it."""
     if device is not None and len(set(getattr(model.network, "hf_device_map", {}).values())) > 1:
         raise ValueError(f"expected device=None for a network spread by a device_map, got device={device!r}")
+    if device not in (None, "auto") and torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"expected device='cpu' or 'auto' where torch sees no CUDA device, got device={device!r}")
     if "mps" in (device, model.device.type):
         raise ValueError("expected a CPU or CUDA device, got 'mps', which has no float64; write device='cpu'")
 
 
 def check_prior(model: BayesianLoRA) -> None:
-    """Raise a ValueError for a prior whose program SVI would silently get wrong.
+    """Raise a ValueError for a prior whose program SVI cannot take, or would silently get wrong.
 
     Parameters of its own, which nothing would train; a plate, which would take the data's place; latents that are not
-    sampled.
+    sampled, or not as one event of their shape over all real numbers.
     """
     with torch.random.fork_rng():
         prior = poutine.trace(model.sample_prior).get_trace()
@@ -83,6 +86,21 @@ def check_prior(model: BayesianLoRA) -> None:
             "pyro.deterministic; write pyro.sample(name, dist.Normal(0, scale).expand(shape).to_event())"
         )
 
+    for name, shape in model.sites.shapes.items():
+        fn = prior.nodes[name]["fn"]
+        if fn.event_shape != shape or fn.batch_shape:
+            raise ValueError(
+                f"expected the prior to sample {name!r} as one event of shape {tuple(shape)}, got batch shape "
+                f"{tuple(fn.batch_shape)} and event shape {tuple(fn.event_shape)}; write "
+                "dist.Normal(0, scale).expand(shape).to_event()"
+            )
+        far = torch.full(shape, 1e3, device=model.device)
+        if not all(bool(torch.as_tensor(fn.support.check(value)).all()) for value in (far, -far)):
+            raise ValueError(
+                f"expected the prior of {name!r} over all real numbers, got support {fn.support}, which a "
+                "guide's draws would leave; write a prior such as dist.Normal or dist.StudentT"
+            )
+
 
 def sites_of_latents(model: BayesianLoRA) -> list[str]:
     """The prior's own sites, pyro.factor and observed ones among them, whose density depends on the latents."""
@@ -103,6 +121,21 @@ def check_sites(model: BayesianLoRA, guide: torch.nn.Module) -> None:
     if missing:
         raise ValueError(
             f"expected the guide to sample every site of the prior, {type(guide).__name__} lacks {missing}"
+        )
+
+
+def check_distribution(guide: LatentGuide, size: int) -> None:
+    """Raise a ValueError where a family's distribution is not one event over the D latents, or not reparameterised."""
+    family, q = type(guide).__name__, guide.distribution()
+    if q.event_shape != (size,) or q.batch_shape:
+        raise ValueError(
+            f"expected {family}.distribution() over the D latents as one event, shape ({size},), got batch shape "
+            f"{tuple(q.batch_shape)} and event shape {tuple(q.event_shape)}; write .to_event(1)"
+        )
+    if not q.has_rsample:
+        raise ValueError(
+            f"expected a reparameterised distribution, one with rsample, from {family}, got {type(q).__name__}: "
+            "without it the gradient is wrong; for a mixture write lb.distributions.EqualMixture"
         )
 
 

@@ -12,15 +12,23 @@ import torch
 from pyro.infer.autoguide import AutoLaplaceApproximation
 from tqdm.auto import tqdm
 
-from ..data import as_batches
-from ..guides import Delta, LowRankPrecision
+from ..data import as_batches, check_class_order
+from ..guides import Delta, LatentGuide, LowRankPrecision
 from ..guides.stock import check_guide_spec
 from ..model import BayesianLoRA
 from ..posterior import Posterior, local_parameters
 from ..predictive import predict
 from ..provenance import fitted_with
 from .checkpoint import Checkpoint, identity_of
-from .checks import check_device, check_estimator, check_prior, check_settings, check_sites, sites_of_latents
+from .checks import (
+    check_device,
+    check_distribution,
+    check_estimator,
+    check_prior,
+    check_settings,
+    check_sites,
+    sites_of_latents,
+)
 from .data_parallel import Workers
 from .elbo import PartedELBO, has_closed_form
 from .loop import Loop
@@ -145,6 +153,8 @@ def svi(
         "seed": seed,
         "precision": precision,
     }
+    if not isinstance(model, BayesianLoRA):
+        raise TypeError(f"expected a BayesianLoRA to fit, got {type(model).__name__}; write lb.BayesianLoRA(network)")
     check_settings(settings)
     check_device(model, device)
     if callable(callbacks) or not all(callable(callback) for callback in callbacks):
@@ -160,6 +170,7 @@ def svi(
     if validation is not None:
         validation = as_batches(validation, tokenizer, batch_size=2 * batch_size, by_length=True)
         model.check_labels(validation, "validation data")
+        check_class_order(train.class_names, validation.class_names, "validation data")
     if device is not None:
         model.network.to(_device(device))
     record = fitted_with(model.device, given, train)  # before a pass in another order
@@ -246,6 +257,8 @@ def _begun(model: BayesianLoRA, spec, init: Posterior | None, settings: Mapping)
     """
     check_prior(model)
     guide = base_guide(model, spec, init)
+    if isinstance(guide, LatentGuide):
+        check_distribution(guide, model.sites.size)
     closed = settings["kl"] != "mc" and not settings["path_derivative"] and has_closed_form(model, guide)
     if settings["kl"] == "closed" and not closed:
         raise ValueError(f"expected a guide and prior with a closed-form KL, got {spec!r} and {model.prior!r}")

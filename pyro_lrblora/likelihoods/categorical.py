@@ -35,16 +35,22 @@ class Categorical:
         """Raise a ValueError where labels (N,) are not class indices 0..classes-1; None where C is not known."""
         if labels.is_floating_point() or labels.dim() != 1:
             raise ValueError(
-                f"expected integer labels of shape (N,) for Categorical, got {labels.dtype} {tuple(labels.shape)}"
+                f"expected integer labels of shape (N,) for Categorical, got {labels.dtype} {tuple(labels.shape)}; "
+                "write dataset.cast_column('label', datasets.Value('int64')), or likelihoods.Gaussian() for numbers"
             )
         if classes is None:
             return
         wrong = labels[(labels < 0) | (labels >= classes)]
         if len(wrong):
+            from_one = int(labels.min()) == 1 and int(labels.max()) == classes
+            cure = (
+                "subtract 1 from every label"
+                if from_one
+                else "drop those rows or load the network with another num_labels"
+            )
             raise ValueError(
                 f"expected labels 0..{classes - 1} for a network with {classes} classes, got "
-                f"{sorted(set(wrong.tolist()))[:5]} in {len(wrong)} of {len(labels)} rows; drop those rows or load the "
-                "network with another num_labels"
+                f"{sorted(set(wrong.tolist()))[:5]} in {len(wrong)} of {len(labels)} rows; {cure}"
             )
         if self.class_names is not None and len(self.class_names) != classes:
             raise ValueError(f"expected {classes} class names, got {list(self.class_names)}")

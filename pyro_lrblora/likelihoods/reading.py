@@ -24,12 +24,18 @@ def label_site(likelihood: Callable, outputs, batch: Mapping[str, Tensor]) -> tu
         batch: without "labels" the second value is a draw.
 
     Raises:
-        TypeError: no site is named "labels".
+        TypeError: no site is named "labels", or there are others, or parameters.
     """
     with poutine.block(), pyro.plate("data", batch_rows(batch), dim=-1):
         trace = poutine.trace(likelihood).get_trace(outputs, batch)
     if "labels" not in trace.nodes:
         raise TypeError(f"expected the likelihood to sample a site named 'labels', got {likelihood!r}")
+    others = [name for name in (*trace.stochastic_nodes, *trace.param_nodes) if name not in ("labels", "data")]
+    if others:
+        raise TypeError(
+            f"expected a likelihood without sites and parameters of its own, which a fit would not train, got {others} "
+            f"in {likelihood!r}; make them arguments"
+        )
     return trace.nodes["labels"]["fn"], trace.nodes["labels"]["value"]
 
 
@@ -56,7 +62,7 @@ def check_classes(likelihood: Callable, outputs, batch: Mapping[str, Tensor]) ->
         raise TypeError(
             f"expected a likelihood of classes, one per logit, got {type(labels).__name__} of shape "
             f"{tuple(labels.batch_shape + labels.event_shape)} from {likelihood!r} and logits {tuple(logits.shape)}; "
-            "give it `summary` and `prediction`, as docs/how_to/add_a_likelihood.md says"
+            "give it `logits`, or `summary` and `prediction`, as docs/how_to/add_a_likelihood.md says"
         )
 
 
