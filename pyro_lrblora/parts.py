@@ -28,8 +28,8 @@ def check_parts(adapter, prior, likelihood) -> None:
 
 
 def check_network(network: nn.Module, likelihood) -> None:
-    """Raise a ValueError for a network that the adapter's hooks would not run in, that is adapted already, or that
-    returns no logits of the classes a likelihood wants.
+    """Raise a TypeError or ValueError for a network that the adapter's hooks would not run in, that is adapted already,
+    or that returns no logits of the classes a likelihood wants.
     """
     if not isinstance(network, nn.Module):
         raise TypeError(f"expected a network, a torch module, got {network!r}; write AutoModel....from_pretrained(...)")

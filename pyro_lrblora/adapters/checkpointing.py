@@ -79,10 +79,8 @@ def _in_evaluation_mode(layer: nn.Module, checkpoint: Callable) -> Callable:
     return run
 
 
-def _layer_class() -> type | tuple:
+def _layer_class() -> type:
     # Not at the top: it imports accelerate where that is installed.
-    try:
-        from transformers.modeling_layers import GradientCheckpointingLayer
-    except ImportError:  # early transformers 4: no layer decides for itself
-        return ()
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
     return GradientCheckpointingLayer

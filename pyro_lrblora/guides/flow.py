@@ -17,7 +17,7 @@ from .latent_guide import Curvature, LatentGuide
 
 @dataclass(frozen=True)
 class Flow:
-    """loc + scale * f(z), f being affine couplings of Pyro; about 3 D hidden layers / 2 parameters.
+    """loc + scale * f(z), f being affine couplings of Pyro; about 1.5 D * hidden parameters per layer.
 
     It starts as Diagonal: the couplings are the identity then. It has a density and draws with gradients, no mean or
     variance in closed form.

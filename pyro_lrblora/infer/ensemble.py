@@ -36,8 +36,8 @@ def ensemble(
 ) -> Posterior:
     """Fit M guides from different starts and orders of the data, in one subspace, each with its own point head.
 
-    A draw is a draw from one member with that member's head; predict(draws=M) takes every member once. An ensemble
-    of LoRA is LoRA + Delta here, of any posterior any other guide ("MultiSWAG" without SWAG).
+    A draw is a draw from one member with that member's head; predict(draws=M) takes every member once. With LoRA
+    and Delta members it is the LoRA ensemble; any other guide makes an ensemble of posteriors.
 
     Args:
         model: prepared or not.

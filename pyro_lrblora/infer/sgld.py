@@ -105,11 +105,13 @@ def stochastic_gradient_chains(
     update: Update, model: BayesianLoRA, train, *, draws: int, burn_in: int, thin: int, batch_size: int, chains: int,
     init: Posterior | None, seed: int, progress: bool, tokenizer, settings: dict,
 ) -> tuple[BayesianLoRA, dict[str, Tensor], list[dict], dict]:  # fmt: skip
-    """Run chains of an update rule on minibatch gradients: what posterior_of_chains takes. The arguments of sgld, and
+    """Run chains of an update rule on minibatch gradients: what posterior_of_chains takes.
 
     Args:
         update: changes position and momentum in place, given the gradient and the preconditioner, all (D,).
         settings: the method's name and its own arguments.
+
+    What is not named here is as for sgld.
     """
     counts = {"draws": draws, "burn_in": burn_in, "thin": thin, "batch_size": batch_size, "chains": chains}
     check_chain_arguments(model, **counts)

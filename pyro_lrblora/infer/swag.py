@@ -67,7 +67,8 @@ def swag(
         options: of svi, for the point fit.
 
     Raises:
-        ValueError: fewer snapshots than columns, a prior with sites of its own, an unknown precision.
+        ValueError: fewer snapshots than columns, arguments out of range, options of a point fit without one
+            (burn_in=0), a prior with sites of its own, a Bayesian head, an unknown precision.
         FloatingPointError: NaN or infinite loss; names the batch.
     """
     if not 2 <= columns <= snapshots:

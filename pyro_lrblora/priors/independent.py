@@ -35,7 +35,11 @@ class Normal:
 
 @dataclass(frozen=True)
 class Laplace:
-    """Independent Laplace(0, scale) on every latent; standard deviation sqrt(2) * scale."""
+    """Independent Laplace(0, scale) on every latent.
+
+    Args:
+        scale: positive; the standard deviation is sqrt(2) times it.
+    """
 
     scale: float = 0.1
 
@@ -48,7 +52,12 @@ class Laplace:
 
 @dataclass(frozen=True)
 class StudentT:
-    """Independent Student t with `df` degrees of freedom times scale on every latent."""
+    """Independent Student t times a scale on every latent.
+
+    Args:
+        scale: positive; for df > 2 the standard deviation is sqrt(df / (df - 2)) times it.
+        df: degrees of freedom, positive.
+    """
 
     scale: float = 0.1
     df: float = 4.0
