@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer
 from transformers.modeling_outputs import SequenceClassifierOutput
 
+from .positions import positions
+
 _MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 
 
@@ -88,8 +90,8 @@ class AnswerScorer(nn.Module):
         flat = {name: value.flatten(0, 1) for name, value in inputs.items()}
         ids, mask = input_ids.flatten(0, 1), attention_mask.flatten(0, 1)
         # Given explicitly, since padding on the left would shift them.
-        positions = (mask.cumsum(-1) - 1).clamp(min=0)
-        outputs = self.language_model(input_ids=ids, attention_mask=mask, position_ids=positions, **flat)
+        flat |= positions({"attention_mask": mask})
+        outputs = self.language_model(input_ids=ids, attention_mask=mask, **flat)
         log_probs = outputs.logits[:, :-1].float().log_softmax(-1)
         answer = answer_mask.flatten(0, 1)[:, 1:].to(log_probs.device)
         tokens = log_probs.gather(-1, ids[:, 1:, None].to(log_probs.device)).squeeze(-1) * answer

@@ -34,7 +34,7 @@ from pyro_lrblora.adapters.targets import weight_shape  # noqa: E402
 from pyro_lrblora.diagnostics import against_votes, out_of_distribution  # noqa: E402
 from pyro_lrblora.guides.ensemble import EnsembleGuide  # noqa: E402
 
-STAGES = ["tune", "scores", "defaults"]
+STAGES = ["tune", "defaults", "scores"]
 LOGIT_DRAWS = 1000
 SMALL = {
     "tasks": ["sst2"], "development": ["sst2"], "methods": ["LoRA", "LoRA-XS", "LowRankPrecision"], "seeds": [0],

@@ -150,6 +150,11 @@ def check_encodable(dataset: datasets.Dataset, tokenizer) -> None:
         )
 
 
+def token_limit(tokenizer, max_length: int | None) -> int:
+    """The most tokens of a row: as asked, or what the tokenizer allows, at most 512."""
+    return max_length or min(tokenizer.model_max_length, 512)
+
+
 def check_columns(dataset: datasets.Dataset, *names: str) -> None:
     """Raise a KeyError unless the dataset has all these columns."""
     missing = [name for name in names if name not in dataset.column_names]
@@ -325,7 +330,7 @@ def _encode(dataset, tokenizer, text, max_length) -> dict[str, list]:
         kept = [name for name in tokenizer.model_input_names if name in columns]
         return {name: [list(row) for row in dataset[name]] for name in kept}
     names = text_columns(dataset, text)
-    limit = max_length or min(tokenizer.model_max_length, 512)
+    limit = token_limit(tokenizer, max_length)
     texts = [list(dataset[name]) for name in names]
     for name, column in zip(names, texts, strict=True):
         wrong = next((row for row, value in enumerate(column) if not isinstance(value, str)), None)

@@ -8,7 +8,7 @@ import datasets
 import torch
 from torch import Tensor
 
-from .batches import Batches, EncodedBatches, check_columns, check_encodable
+from .batches import Batches, EncodedBatches, check_columns, check_encodable, token_limit
 from .texts import without_end
 
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -156,7 +156,7 @@ def _continued(tokenizer, flat: Sequence[tuple[str, str]]) -> dict[str, list]:
 
 
 def _check_lengths(lengths: Sequence[int], tokenizer, max_length: int | None, choices: int) -> None:
-    limit = max_length or min(tokenizer.model_max_length, 512)
+    limit = token_limit(tokenizer, max_length)
     long = sorted({number // choices for number, length in enumerate(lengths) if length > limit})
     if long:
         raise ValueError(

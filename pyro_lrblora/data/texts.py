@@ -8,7 +8,7 @@ import datasets
 import torch
 from torch import Tensor
 
-from .batches import IGNORED, EncodedBatches, check_columns, check_encodable
+from .batches import IGNORED, EncodedBatches, check_columns, check_encodable, token_limit
 
 
 class Texts(EncodedBatches):
@@ -55,7 +55,7 @@ class Texts(EncodedBatches):
             raise ValueError("expected prompt= with decoder=: the encoder of a sequence-to-sequence network reads it")
         if packed and prompt is not None:
             raise ValueError("expected packed=False with prompt=: packing would cut prompts from their answers")
-        limit = max_length or min(tokenizer.model_max_length, 512)
+        limit = token_limit(tokenizer, max_length)
         last = [tokenizer.eos_token_id] if end and tokenizer.eos_token_id is not None else []
         encode = lambda column, **how: tokenizer(list(dataset[column]), **how)["input_ids"]
         bare = lambda ids: without_end(ids, tokenizer)

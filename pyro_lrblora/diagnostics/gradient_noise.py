@@ -14,7 +14,7 @@ from ..data import as_batches, row_weight
 from ..guides.draws import DrawsGuide
 from ..guides.ensemble import EnsembleGuide
 from ..infer.elbo import PartedELBO, has_closed_form
-from ..infer.step import add_gradients
+from ..infer.step import add_gradients, parameter_groups
 from ..posterior import Posterior, local_parameters
 
 
@@ -114,17 +114,9 @@ class _Moments:
 
 
 def _groups(posterior: Posterior) -> dict[str, list[Tensor]]:
-    """Parameters by the learning rate they have in infer.step.optimiser_of."""
-    head, learned = posterior.model.point_head, posterior.model.learned_scale
-    groups: dict[str, list] = {"loc": [], "scale": [], "factor": [], "head": []}
-    for name, parameter in posterior.guide.named_parameters():
-        kind = name.removeprefix("extra.").split(".")[0]
-        groups["factor" if "factor" in kind else "scale" if "scale" in kind else "loc"].append(parameter)
-    if learned is not None and posterior.has_bound:
-        groups["scale"] += learned.parameters()
-    if groups["loc"] + groups["scale"] + groups["factor"] and head is not None:
-        groups["head"] += head.parameters()
-    return {kind: [p for p in group if p.requires_grad] for kind, group in groups.items() if group}
+    """What a fit of the guide trains, by kind; nothing where only a head has parameters."""
+    groups = {kind: [p for p in group if p.requires_grad] for kind, group in parameter_groups(posterior).items()}
+    return groups if set(groups) - {"head"} else {}
 
 
 def _gradients(posterior: Posterior, data, groups) -> Iterator[dict[str, Tensor]]:

@@ -72,11 +72,11 @@ class MixtureGuide(LatentGuide):
 class _Points(EqualMixture):
     """Points with equal weights: draws and moments, and 0 in place of a log density."""
 
-    def __init__(self, loc: Tensor, scale: Tensor | None = None, batch_shape=(), validate_args=None):
+    def __init__(self, loc: Tensor, batch_shape=()):
         super().__init__(loc, torch.zeros_like(loc), batch_shape, validate_args=False)
 
     def expand(self, batch_shape, _instance=None):
-        return _Points(self.loc, None, batch_shape)
+        return _Points(self.loc, batch_shape)
 
     def log_prob(self, value: Tensor) -> Tensor:
         return value.new_zeros(value.shape[:-1])

@@ -38,22 +38,28 @@ class Rates:
 
 def optimiser_of(posterior: Posterior, rates: Rates) -> torch.optim.Optimizer:
     """Adam over the guide, a point head and a learned prior scale, each at its own rate."""
-    head, learned = posterior.model.point_head, posterior.model.learned_scale
-    groups: dict[str, list] = {"loc": [], "scale": [], "factor": []}
-    for name, parameter in posterior.guide.named_parameters():
+    for parameter in posterior.guide.parameters():
         if any(stride == 0 and size > 1 for stride, size in zip(parameter.stride(), parameter.shape, strict=True)):
             # Expanded from fewer numbers: a fused step would write past their end.
             parameter.data = parameter.data.contiguous()
+    options = [{"params": p, "lr": getattr(rates, kind)} for kind, p in parameter_groups(posterior).items()]
+    return torch.optim.Adam(options, lr=options[0]["lr"], fused=True)
+
+
+def parameter_groups(posterior: Posterior) -> dict[str, list[torch.nn.Parameter]]:
+    """What a fit trains, by the learning rate it has: loc, scale, factor and head, those that are not empty."""
+    head, learned = posterior.model.point_head, posterior.model.learned_scale
+    groups: dict[str, list] = {"loc": [], "scale": [], "factor": [], "head": []}
+    for name, parameter in posterior.guide.named_parameters():
         kind = name.removeprefix("extra.").split(".")[0]
         groups["factor" if "factor" in kind else "scale" if "scale" in kind else "loc"].append(parameter)
     # Without a density there is no bound, and the log joint has no maximum: it grows as the latents and their prior's
     # scale go to zero together.
     if learned is not None and posterior.has_bound:
         groups["scale"] += learned.parameters()
-    options = [{"params": p, "lr": getattr(rates, kind)} for kind, p in groups.items() if p]
     if head is not None:
-        options.append({"params": list(head.parameters()), "lr": rates.head})
-    return torch.optim.Adam(options, lr=options[0]["lr"], fused=True)
+        groups["head"] += head.parameters()
+    return {kind: group for kind, group in groups.items() if group}
 
 
 def add_gradients(
