@@ -70,7 +70,7 @@ def predict(
     if not isinstance(posterior, Posterior):
         raise TypeError(f"expected a posterior, what lb.fit returned, got {type(posterior).__name__}")
     if not (isinstance(draws, int) and draws >= 1):
-        raise ValueError(f"expected draws to be an integer >= 1, got draws={draws!r}")
+        raise ValueError(f"expected draws >= 1, an integer, got draws={draws!r}")
     if method not in _METHODS or (at and method != "monte_carlo"):
         raise ValueError(f"expected method to be one of {_METHODS}, and no at= with the last two, got {method!r}")
     model = posterior.model
