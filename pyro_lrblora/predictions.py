@@ -56,7 +56,7 @@ class Prediction:
 
     @property
     def entropy(self) -> Tensor:
-        """Entropy of each row's predictive distribution, nats, (N,): all that is uncertain."""
+        """Entropy of each row's predictive distribution, nats, (N,), aleatoric and epistemic."""
         return entr(self.probs.double()).sum(-1)
 
     @property

@@ -135,14 +135,14 @@ def test_the_readme_runs(tmp_path, monkeypatch, capsys):
     first, second, *_ = blocks(ROOT / "README.md", "python")
     for block in (first, second):  # with fewer rows and epochs
         few = (
-            re.sub(r"reviews\(\d+", "reviews(40", block)
+            re.sub(r"reviews\(\d+", "reviews(24", block)
             .replace("epochs=5", "epochs=1")
             .replace(", train)", ", train, epochs=1)")
         )
         exec(compile(few, "README.md", "exec"), names)
     assert Path("out/report.html").exists()
     assert Path("out/posterior").is_dir()
-    assert names["prediction"].logits.shape == (32, 40, 2)
+    assert names["prediction"].logits.shape == (32, 24, 2)
     printed = capsys.readouterr().out
     assert all(name in printed for name in names["fits"])
 
