@@ -25,6 +25,7 @@ from .provenance import versions
 
 _FORMAT = "pyro_lrblora posterior, version 4"
 FILES = ("posterior.json", "posterior.safetensors")
+_TEXT = "A tokenizer's own words: 1,000 naïve films!"
 _PROBES = 16  # values kept of every base parameter, to recognise the base
 
 
@@ -60,6 +61,7 @@ def save(posterior: Posterior, folder) -> None:
         "head_scale": model.head_scale,
         "class_names": model.class_names,
         "size": model.size,
+        "tokens": _tokens(model.tokenizer),
         "history": posterior.history,
         "settings": posterior.settings,
     }
@@ -84,7 +86,7 @@ def load(folder, network: nn.Module, *, tokenizer=None, prior=None, likelihood=N
         prior, likelihood, guide: only where the saved one was your own function, which a file cannot hold.
 
     Raises:
-        ValueError: the files are missing, corrupt or not a posterior, or belong to another base.
+        ValueError: the files are missing, corrupt or not a posterior, or belong to another base or tokenizer.
     """
     if not isinstance(network, nn.Module):
         raise TypeError(f"expected the network itself, a torch module, got {network!r}; load the base first")
@@ -103,7 +105,7 @@ def load(folder, network: nn.Module, *, tokenizer=None, prior=None, likelihood=N
             "head_scale": _typed(card, "head_scale", float, int, None),
             "size": _typed(card, "size", int, None),
         }
-        class_names = _typed(card, "class_names", list, None)
+        class_names, tokens = _typed(card, "class_names", list, None), _typed(card, "tokens", list, None)
         history, settings = _typed(card, "history", list), _typed(card, "settings", dict)
         names, head, base = _typed(card, "base", list), card["head"], tensors["base"]
     except (KeyError, TypeError, AttributeError) as error:
@@ -111,6 +113,11 @@ def load(folder, network: nn.Module, *, tokenizer=None, prior=None, likelihood=N
             f"expected a posterior in {folder}, got one with a missing or strange entry: {error!r}"
         ) from error
     _check_base(network, set(part("head.")), names, base)
+    if tokenizer is not None and tokens is not None and _tokens(tokenizer) != tokens:
+        raise ValueError(
+            f"expected the tokenizer that the posterior in {folder} was fitted with, got a {type(tokenizer).__name__} "
+            "that makes other tokens of the same text; load the base's own"
+        )
     model = BayesianLoRA(network, **specs, **options, tokenizer=tokenizer)
     model._class_names = class_names
     here = {name: tuple(weight_shape(module)) for name, module in model.modules.items()}
@@ -173,6 +180,11 @@ def _typed(card: dict, name: str, *types: type | None):
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _tokens(tokenizer) -> list[int] | None:
+    """What a tokenizer makes of one text, by which another is told from it."""
+    return None if tokenizer is None else [int(token) for token in tokenizer(_TEXT)["input_ids"]]
 
 
 def _base_probe(network: nn.Module, head: set[str]) -> tuple[list[str], Tensor]:

@@ -415,3 +415,18 @@ def test_every_familys_moments_and_density_agree_with_draws(guide):
         matrix, spread = covariance.dense(), covariance.variance.sqrt()
         torch.testing.assert_close(covariance.variance, matrix.diagonal())
         assert ((flat.T.cov() - matrix).abs() / (spread[:, None] * spread)).max() < 6 * (2 / 3000) ** 0.5
+
+
+def test_another_tokenizer_is_told_from_the_own(tmp_path):
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    network = tiny_bert()
+    model = lb.BayesianLoRA(network, lb.LoRAXS(2), tokenizer=tiny_tokenizer())
+    lb.fit(model, tiny_reviews(), epochs=1, progress=False).save(tmp_path)
+    other = Tokenizer(models.WordLevel({"[UNK]": 0, "[PAD]": 1}, unk_token="[UNK]"))
+    other = PreTrainedTokenizerFast(tokenizer_object=other, pad_token="[PAD]", unk_token="[UNK]")
+    with pytest.raises(ValueError, match="other tokens of the same text"):
+        lb.Posterior.load(tmp_path, network, tokenizer=other)
+    for same in (tiny_tokenizer(), None):
+        lb.Posterior.load(tmp_path, network, tokenizer=same)
