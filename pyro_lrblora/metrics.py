@@ -16,6 +16,13 @@ from torch import Tensor
 Array = np.ndarray | Tensor
 
 
+def given(labels: Array | None) -> Array:
+    """The labels; a ValueError where there are none."""
+    if labels is None:
+        raise ValueError("expected labels (N,), got None; predict on data that have a label column")
+    return labels
+
+
 def accuracy(probs: Array, labels: Array) -> float:
     """Share of rows whose most probable class is the label; probs (N, C), labels (N,)."""
     probs, labels = _check(probs, labels)
@@ -268,9 +275,7 @@ def _array(values: Array, dtype: type | None = None) -> np.ndarray:
 
 
 def _check(probs: Array, labels: Array) -> tuple[np.ndarray, np.ndarray]:
-    if labels is None:
-        raise ValueError("expected labels (N,), got None; predict on data that have a label column")
-    probs, labels = _array(probs, float), _array(labels)
+    probs, labels = _array(probs, float), _array(given(labels))
     if probs.ndim != 2 or labels.shape != probs.shape[:1] or len(labels) == 0:
         raise ValueError(f"expected probs (N, C) and labels (N,) with N >= 1, got {probs.shape} and {labels.shape}")
     if not np.all(np.abs(probs.sum(-1) - 1) < 1e-3) or probs.min() < -1e-6:

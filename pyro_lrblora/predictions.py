@@ -11,18 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from torch import Tensor
+from torch import Tensor, from_numpy
 from torch.distributions import Categorical, Normal
-from torch.special import entr
 
 from . import metrics
-
-
-def given(labels: Tensor | None) -> Tensor:
-    """The labels; raises a ValueError where the data had none."""
-    if labels is None:
-        raise ValueError("expected labels (N,), got None; predict on data that have a label column")
-    return labels
 
 
 @dataclass(frozen=True)
@@ -57,18 +49,17 @@ class Prediction:
     @property
     def entropy(self) -> Tensor:
         """Entropy of each row's predictive distribution, nats, (N,), aleatoric and epistemic."""
-        return entr(self.probs.double()).sum(-1)
+        return self._decomposed("entropy")
 
     @property
     def mutual_information(self) -> Tensor:
         """The part of the entropy that is epistemic, nats, (N,); see diagnostics.decompose for the rest."""
-        expected = sum(entr(drawn.double().softmax(-1)).sum(-1) for drawn in self.logits) / len(self.logits)
-        return (self.entropy - expected).clamp(min=0)
+        return self._decomposed("mutual_information")
 
     @property
     def log_likelihood(self) -> Tensor:
         """Log probability of each row's label under each draw, nats, (S, N)."""
-        index = given(self.labels).expand(len(self.logits), -1).unsqueeze(-1)
+        index = metrics.given(self.labels).expand(len(self.logits), -1).unsqueeze(-1)
         return self.logits.log_softmax(-1).gather(-1, index).squeeze(-1)
 
     @property
@@ -97,11 +88,17 @@ class Prediction:
 
     def losses(self) -> dict[str, np.ndarray]:
         """What NLL and Brier are the means of, (N,) each."""
-        log_probs, hits = self.log_probs.double().numpy(), np.eye(self.logits.shape[-1])[given(self.labels).numpy()]
+        labels, log_probs = metrics.given(self.labels).numpy(), self.log_probs.double().numpy()
+        hits = np.eye(self.logits.shape[-1])[labels]
         return {
-            "NLL": -np.take_along_axis(log_probs, self.labels.numpy()[:, None], 1)[:, 0],
+            "NLL": -np.take_along_axis(log_probs, labels[:, None], 1)[:, 0],
             "Brier": np.square(np.exp(log_probs) - hits).sum(-1),
         }
+
+    def _decomposed(self, name: str) -> Tensor:
+        from .diagnostics import decompose
+
+        return from_numpy(getattr(decompose(self), name))
 
     def draw_labels(self) -> Tensor:
         """Labels drawn under each draw, (S, N), from torch's own generator."""
@@ -145,7 +142,7 @@ class NumberPrediction:
     @property
     def log_likelihood(self) -> Tensor:
         """Log density of each row's label under each draw, nats, (S, N)."""
-        return Normal(self.loc, self.scale).log_prob(given(self.labels).to(self.loc))
+        return Normal(self.loc, self.scale).log_prob(metrics.given(self.labels).to(self.loc))
 
     @property
     def observations(self) -> int:
@@ -163,7 +160,7 @@ class NumberPrediction:
 
     def scores(self, bins: int = 15) -> dict[str, float]:
         """RMSE, NLL in nats, CRPS in units of the labels, and the share of labels inside the central 90% interval."""
-        place, losses = self.cdf(given(self.labels)), self.losses()
+        place, losses = self.cdf(metrics.given(self.labels)), self.losses()
         return {
             "RMSE": float((self.mean - self.labels).square().mean().sqrt()),
             "NLL": float(losses["NLL"].mean()),

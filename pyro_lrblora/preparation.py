@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .adapters.cache import bind_cached, check_cache
 from .adapters.statistics import bind
-from .data import as_batches
+from .data import as_batches, check_class_order
 from .head import probe_head
 from .model import BayesianLoRA
 
@@ -38,7 +38,9 @@ def prepare(
     tokenizer = tokenizer or model.tokenizer
     batches = as_batches(train, tokenizer, batch_size=batch_size, by_length=True).restarted()
     model.check_labels(batches, "training data")
-    _check_order(model, batches.class_names)
+    if model.head not in ("point", "bayesian"):  # nothing trains its classes into the data's order
+        labels = getattr(getattr(model.network, "config", None), "id2label", None) or {}
+        check_class_order(list(labels.values()), batches.class_names, "training data")
     if cache is not None:
         check_cache(model)
     new = model._copy(size=batches.rows, tokenizer=tokenizer, _class_names=batches.class_names, prepared=True)
@@ -48,14 +50,3 @@ def prepare(
     if model._adapted is None:
         new._adapted = bind(new, batches, seed) if cache is None else bind_cached(cache, new, batches, seed)
     return new
-
-
-def _check_order(model: BayesianLoRA, names) -> None:
-    """Raise a ValueError where a head that is not trained has the data's classes in another order."""
-    own = list((getattr(getattr(model.network, "config", None), "id2label", None) or {}).values())
-    if model.head in ("point", "bayesian") or names is None or list(names) == own or sorted(names) != sorted(own):
-        return
-    raise ValueError(
-        f"expected the classes in the order of a head that is not trained, {own}, got {list(names)} in the data; write "
-        "dataset.align_labels_with_mapping(network.config.label2id, 'label')"
-    )

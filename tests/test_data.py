@@ -8,7 +8,7 @@ from conftest import tiny_bert, tiny_reviews, tiny_tokenizer, token_batches
 
 import pyro_lrblora as lb
 from pyro_lrblora.data import as_batches
-from pyro_lrblora.data.batches import text_columns
+from pyro_lrblora.data.columns import text_columns
 from pyro_lrblora.reviews import reviews
 
 

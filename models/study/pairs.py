@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pyro_lrblora.data import EncodedBatches
-from pyro_lrblora.data.batches import text_columns
+from pyro_lrblora.data.columns import text_columns
 
 
 class Pairs(EncodedBatches):

@@ -10,12 +10,9 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import pandas as pd
-
-matplotlib.use("svg")
-from matplotlib import pyplot as plt  # noqa: E402
+from figures import curves, dots
 
 OURS = "LowRankPrecision"
 REFERENCE = "LoRA"
@@ -153,8 +150,8 @@ def _tables(finished: Sequence[Mapping], folder: Path, name: str) -> Iterator[st
     """The blocks of tables.md and the figures, of runs that share their settings."""
     tuned, varied, scored = tuning(finished), variations(finished), scores(finished)
     if len(scored):
-        dots(scored, folder / f"nll_{name}.svg")
-        curves(finished, folder / f"curves_{name}.svg")
+        dots(_main_rows(scored), folder / f"nll_{name}.svg")
+        curves(histories(finished), folder / f"curves_{name}.svg")
         yield from ["### Averages over tasks", "Over seeds, then tasks, of the methods that have every run."]
         yield from [_markdown(averages(scored)), f"![Test NLL by method and task](nll_{name}.svg)"]
         yield "A dot per seed, hollow after temperature scaling on validation rows, a bar at the mean."
@@ -237,52 +234,14 @@ def convergence(finished: Sequence[Mapping]) -> pd.DataFrame:
     return groups["steps"].median().to_frame().join(groups["reached"].mean()).join(groups.size().rename("fits"))
 
 
-def dots(scored: pd.DataFrame, path: Path) -> None:
-    """Test NLL by method, a panel per task: a dot per seed, hollow after temperature scaling, a bar at the mean."""
-    main = _main_rows(scored)
-    tasks, methods = main["task"].unique(), main["method"].unique()[::-1]
-    figure, axes = plt.subplots(1, len(tasks), figsize=(3 * len(tasks) + 1.5, 0.28 * len(methods) + 1), sharey=True)
-    for axis, task in zip(np.atleast_1d(axes), tasks, strict=True):
-        for place, method in enumerate(methods):
-            rows = main[(main["task"] == task) & (main["method"] == method)]
-            axis.plot(rows["NLL"], [place] * len(rows), "o", color="#0072B2", markersize=4)
-            axis.plot(rows["NLL at T"], [place] * len(rows), "o", color="#D55E00", markersize=4, markerfacecolor="none")
-            axis.plot([rows["NLL"].mean()], [place], "|", color="#0072B2", markersize=12)
-        axis.set_title(task, fontsize=9)
-        axis.set_xlabel("test NLL, nats", fontsize=8)
-        axis.set_yticks(range(len(methods)), methods, fontsize=8)
-        axis.tick_params(axis="x", labelsize=8)
-        axis.spines[["top", "right"]].set_visible(False)
-    _saved(figure, path)
-
-
-def curves(finished: Sequence[Mapping], path: Path) -> None:
-    """Validation NLL against steps, a panel per task, a line per method (the mean over seeds)."""
-    lines: dict[str, dict[str, list]] = {}
+def histories(finished: Sequence[Mapping]) -> dict[str, dict[str, list[np.ndarray]]]:
+    """By task and method of CURVES, a seed's steps and validation NLL each, (E, 2)."""
+    found: dict[str, dict[str, list[np.ndarray]]] = {}
     for run in _of(finished, "scores"):
         at, curve = run["settings"], run["rows"]["fit"]["curve"]
         if curve and at["method"] in CURVES:
-            lines.setdefault(at["task"], {}).setdefault(at["method"], []).append(np.asarray(curve))
-    if not lines:
-        return
-    figure, axes = plt.subplots(1, len(lines), figsize=(3.2 * len(lines), 2.8))
-    for axis, (task, methods) in zip(np.atleast_1d(axes), lines.items(), strict=True):
-        for name, found in methods.items():
-            axis.plot(found[0][:, 0], np.mean([curve[:, 1] for curve in found], 0), label=name, linewidth=1.2)
-        axis.set_title(task, fontsize=9)
-        axis.set_xlabel("steps", fontsize=8)
-        axis.tick_params(labelsize=8)
-        axis.spines[["top", "right"]].set_visible(False)
-    np.atleast_1d(axes)[0].set_ylabel("validation NLL, nats", fontsize=8)
-    np.atleast_1d(axes)[-1].legend(frameon=False, fontsize=7)
-    _saved(figure, path)
-
-
-def _saved(figure, path: Path) -> None:
-    figure.tight_layout()
-    with plt.rc_context({"svg.hashsalt": "study"}):  # the same names at every run, so that only what changed differs
-        figure.savefig(path, metadata={"Date": None})
-    plt.close(figure)
+            found.setdefault(at["task"], {}).setdefault(at["method"], []).append(np.asarray(curve))
+    return found
 
 
 def _difference(ours: Mapping[int, np.ndarray], other: Mapping[int, np.ndarray], same_rows: bool = True) -> dict:

@@ -94,10 +94,8 @@ class LoRAXS:
             ValueError: factors that do not fit the modules' weights.
         """
         bases = {name: Basis(tensors[f"{name}.A"], tensors[f"{name}.B"]) for name in shapes}
-        for name, (m, n) in shapes.items():
-            a, b = tuple(bases[name].A.shape), tuple(bases[name].B.shape)
-            if a[1:] != (n,) or b != (m, a[0]):
-                raise ValueError(f"expected A (r, {n}) and B ({m}, r) of {name!r}, got {a} and {b}")
+        for name, shape in shapes.items():
+            _check_shapes(bases[name], len(bases[name].A), shape, repr(name))
         return BoundLoRAXS(bases)
 
 
@@ -105,11 +103,15 @@ def _check_basis(basis, projection, rank: int, shape: torch.Size) -> None:
     """Raise a TypeError or ValueError where a projection did not return A (r, n) and B (m, r), finite."""
     if not isinstance(basis, Basis):
         raise TypeError(f"expected {projection!r} to return a projections.Basis, got {type(basis).__name__}")
-    (m, n), a, b = shape, tuple(basis.A.shape), tuple(basis.B.shape)
-    if (a, b) != ((rank, n), (m, rank)):
-        raise ValueError(f"expected A ({rank}, {n}) and B ({m}, {rank}) from {projection!r}, got {a} and {b}")
+    _check_shapes(basis, rank, shape, repr(projection))
     if not basis.A.is_meta and not (basis.A.isfinite().all() and basis.B.isfinite().all()):
         raise ValueError(f"expected finite A and B from {projection!r}, got NaN or infinity")
+
+
+def _check_shapes(basis: Basis, rank: int, shape: tuple[int, int], whose: str) -> None:
+    (m, n), a, b = shape, tuple(basis.A.shape), tuple(basis.B.shape)
+    if (a, b) != ((rank, n), (m, rank)):
+        raise ValueError(f"expected A ({rank}, {n}) and B ({m}, {rank}) of {whose}, got {a} and {b}")
 
 
 class BoundLoRAXS:

@@ -11,18 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .columns import check_encodable, encode, label_column, numbers_or_classes, read_labels
+
 Batch = Mapping[str, Tensor]
 IGNORED = -100  # the label of a token that is not scored, as everywhere in transformers
-
-# Pairs first: a pair's second text must not pass for all there is.
-_TEXT_COLUMNS = (
-    ("sentence1", "sentence2"),
-    ("premise", "hypothesis"),
-    ("question", "passage"),
-    ("question", "sentence"),
-    ("text",),
-    ("sentence",),
-)
 
 
 class EncodedBatches:
@@ -129,37 +121,12 @@ class Batches(EncodedBatches):
         by_length: bool = False,
     ):
         check_encodable(dataset, tokenizer)
-        encoded = _encode(dataset, tokenizer, text, max_length)
-        label = _label_column(dataset, label)
-        labels = None if label is None else _labels(dataset, label)
+        encoded = encode(dataset, tokenizer, text, max_length)
+        label = label_column(dataset, label)
+        labels = None if label is None else read_labels(dataset, label)
         lengths = [len(ids) for ids in encoded["input_ids"]]
         super().__init__(encoded, labels, tokenizer, batch_size, shuffle, by_length, lengths)
         self.class_names = getattr(dataset.features.get(label), "names", None)
-
-
-def check_encodable(dataset: datasets.Dataset, tokenizer) -> None:
-    """Raise a ValueError for an empty dataset, or a tokenizer that is missing or cannot pad."""
-    if len(dataset) == 0:
-        raise ValueError("expected at least one row of data, got an empty dataset")
-    if tokenizer is None:
-        raise ValueError("expected a tokenizer for a datasets.Dataset; give tokenizer= to the model or to this call")
-    if tokenizer.pad_token is None:
-        raise ValueError(
-            "expected a tokenizer with a padding token, got none; write tokenizer.pad_token = tokenizer.eos_token "
-            "and network.config.pad_token_id = tokenizer.pad_token_id"
-        )
-
-
-def token_limit(tokenizer, max_length: int | None) -> int:
-    """The most tokens of a row: as asked, or what the tokenizer allows, at most 512."""
-    return max_length or min(tokenizer.model_max_length, 512)
-
-
-def check_columns(dataset: datasets.Dataset, *names: str) -> None:
-    """Raise a KeyError unless the dataset has all these columns."""
-    missing = [name for name in names if name not in dataset.column_names]
-    if missing:
-        raise KeyError(f"expected column(s) {missing} in the data, got columns {dataset.column_names}")
 
 
 class _GivenBatches:
@@ -219,13 +186,13 @@ def as_batches(data, tokenizer=None, **options) -> EncodedBatches | _GivenBatche
         return Batches(data, tokenizer, **options)
     if isinstance(data, datasets.DatasetDict):
         raise TypeError(f"expected one split, got a DatasetDict; pick one of {list(data)}")
-    texts = isinstance(data, str) or (isinstance(data, list | tuple) and any(isinstance(row, str) for row in data))
-    if texts or isinstance(data, Mapping) or not isinstance(data, Iterable) or hasattr(data, "columns"):
-        advice = {True: 'datasets.Dataset.from_dict({"text": texts})', False: "datasets.Dataset.from_pandas(frame)"}
-        write = f"; write {advice[texts]}" if texts or hasattr(data, "columns") else ""
-        raise TypeError(
-            f"expected a datasets.Dataset or a re-iterable of batch dicts, got {type(data).__name__}{write}"
-        )
+    expected = f"expected a datasets.Dataset or a re-iterable of batch dicts, got {type(data).__name__}"
+    if isinstance(data, str) or (isinstance(data, list | tuple) and any(isinstance(row, str) for row in data)):
+        raise TypeError(expected + ' of text; write datasets.Dataset.from_dict({"text": texts})')
+    if hasattr(data, "columns"):
+        raise TypeError(expected + "; write datasets.Dataset.from_pandas(frame)")
+    if isinstance(data, Mapping) or not isinstance(data, Iterable):
+        raise TypeError(expected)
     return _GivenBatches(data)
 
 
@@ -262,12 +229,7 @@ def _joined(labels: list[Tensor | None]) -> Tensor | None:
     if labels[0].dim() == 2 and not labels[0].is_floating_point():
         longest = max(label.shape[1] for label in labels)
         labels = [torch.nn.functional.pad(label, (0, longest - label.shape[1]), value=IGNORED) for label in labels]
-    return _numbers_or_classes(torch.cat(labels))
-
-
-def _numbers_or_classes(labels: Tensor) -> Tensor:
-    """Labels as they are where they are numbers, else as int64, whatever integers or booleans they came in."""
-    return labels if labels.is_floating_point() else labels.long()
+    return numbers_or_classes(torch.cat(labels))
 
 
 def batch_rows(batch: Batch) -> int:
@@ -322,59 +284,3 @@ def naming_the_batch(position: int, epoch: int | None = None):
         raise FloatingPointError(
             f"in batch {position}{when}: {error}; look at those rows, or lower the rates"
         ) from error
-
-
-def _encode(dataset, tokenizer, text, max_length) -> dict[str, list]:
-    columns = dataset.column_names
-    if text is None and "input_ids" in columns:
-        kept = [name for name in tokenizer.model_input_names if name in columns]
-        return {name: [list(row) for row in dataset[name]] for name in kept}
-    names = text_columns(dataset, text)
-    limit = token_limit(tokenizer, max_length)
-    texts = [list(dataset[name]) for name in names]
-    for name, column in zip(names, texts, strict=True):
-        wrong = next((row for row, value in enumerate(column) if not isinstance(value, str)), None)
-        if wrong is not None:
-            raise ValueError(
-                f"expected texts in column {name!r}, got {column[wrong]!r} in row {wrong}; drop those rows with "
-                f"dataset.filter(lambda row: isinstance(row[{name!r}], str))"
-            )
-    encoded = tokenizer(*texts, truncation=True, max_length=limit)
-    return {name: encoded[name] for name in encoded}
-
-
-def text_columns(dataset, text: str | Sequence[str] | None) -> Sequence[str]:
-    columns = dataset.column_names
-    if text is not None:
-        names = (text,) if isinstance(text, str) else tuple(text)
-        check_columns(dataset, *names)
-        return names
-    for names in _TEXT_COLUMNS:
-        if all(name in columns for name in names):
-            return names
-    kinds = {name: getattr(feature, "dtype", None) for name, feature in dataset.features.items()}
-    strings = [name for name, kind in kinds.items() if kind in ("string", "large_string")]
-    if len(strings) == 1:
-        return strings
-    raise KeyError(
-        f"expected one of the text columns {[list(names) for names in _TEXT_COLUMNS]}, got columns {columns}; "
-        f"write dataset.rename_column({(strings or columns)[0]!r}, 'text')"
-    )
-
-
-def _labels(dataset, label: str) -> Tensor:
-    values = np.asarray(dataset[label])
-    if values.dtype.kind not in "iufb":
-        row = next(row for row, value in enumerate(values.tolist()) if not isinstance(value, int | float))
-        raise ValueError(
-            f"expected numbers in the label column {label!r}, got {values.tolist()[row]!r} in row {row}; write "
-            f"dataset.class_encode_column({label!r}), and drop rows without a label first"
-        )
-    return _numbers_or_classes(torch.as_tensor(values))
-
-
-def _label_column(dataset, label: str | None) -> str | None:
-    if label is not None:
-        check_columns(dataset, label)
-        return label
-    return next((name for name in ("label", "labels") if name in dataset.column_names), None)

@@ -8,7 +8,8 @@ import datasets
 import torch
 from torch import Tensor
 
-from .batches import Batches, EncodedBatches, check_columns, check_encodable, token_limit
+from .batches import Batches, EncodedBatches
+from .columns import check_columns, check_encodable, token_limit
 from .texts import without_end
 
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"

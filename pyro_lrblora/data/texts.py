@@ -8,7 +8,8 @@ import datasets
 import torch
 from torch import Tensor
 
-from .batches import IGNORED, EncodedBatches, check_columns, check_encodable, token_limit
+from .batches import IGNORED, EncodedBatches
+from .columns import check_columns, check_encodable, token_limit
 
 
 class Texts(EncodedBatches):

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from ..data.batches import text_columns
+from ..data.columns import text_columns
 from ..predictive import Prediction
 
 _SCORES = ["entropy", "expected_entropy", "mutual_information", "disagreement", "max_probability"]

@@ -1,0 +1,112 @@
+"""From the columns of a datasets.Dataset to tokens and labels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import datasets
+import numpy as np
+import torch
+from torch import Tensor
+
+# Pairs first: a pair's second text must not pass for all there is.
+_TEXT_COLUMNS = (
+    ("sentence1", "sentence2"),
+    ("premise", "hypothesis"),
+    ("question", "passage"),
+    ("question", "sentence"),
+    ("text",),
+    ("sentence",),
+)
+
+
+def check_encodable(dataset: datasets.Dataset, tokenizer) -> None:
+    """Raise a ValueError for an empty dataset, or a tokenizer that is missing or cannot pad."""
+    if len(dataset) == 0:
+        raise ValueError("expected at least one row of data, got an empty dataset")
+    if tokenizer is None:
+        raise ValueError("expected a tokenizer for a datasets.Dataset; give tokenizer= to the model or to this call")
+    if tokenizer.pad_token is None:
+        raise ValueError(
+            "expected a tokenizer with a padding token, got none; write tokenizer.pad_token = tokenizer.eos_token "
+            "and network.config.pad_token_id = tokenizer.pad_token_id"
+        )
+
+
+def token_limit(tokenizer, max_length: int | None) -> int:
+    """The most tokens of a row: as asked, or what the tokenizer allows, at most 512."""
+    return max_length or min(tokenizer.model_max_length, 512)
+
+
+def check_columns(dataset: datasets.Dataset, *names: str) -> None:
+    """Raise a KeyError unless the dataset has all these columns."""
+    missing = [name for name in names if name not in dataset.column_names]
+    if missing:
+        raise KeyError(f"expected column(s) {missing} in the data, got columns {dataset.column_names}")
+
+
+def encode(
+    dataset: datasets.Dataset, tokenizer, text: str | Sequence[str] | None, max_length: int | None
+) -> dict[str, list]:
+    """What a tokenizer makes of the text columns, or the token columns that are there already: a list per row."""
+    columns = dataset.column_names
+    if text is None and "input_ids" in columns:
+        kept = [name for name in tokenizer.model_input_names if name in columns]
+        return {name: [list(row) for row in dataset[name]] for name in kept}
+    names = text_columns(dataset, text)
+    limit = token_limit(tokenizer, max_length)
+    texts = [list(dataset[name]) for name in names]
+    for name, column in zip(names, texts, strict=True):
+        wrong = next((row for row, value in enumerate(column) if not isinstance(value, str)), None)
+        if wrong is not None:
+            raise ValueError(
+                f"expected texts in column {name!r}, got {column[wrong]!r} in row {wrong}; drop those rows with "
+                f"dataset.filter(lambda row: isinstance(row[{name!r}], str))"
+            )
+    encoded = tokenizer(*texts, truncation=True, max_length=limit)
+    return {name: encoded[name] for name in encoded}
+
+
+def text_columns(dataset: datasets.Dataset, text: str | Sequence[str] | None) -> Sequence[str]:
+    """The column, or the pair of columns, that a row's text is in; a KeyError where that cannot be told."""
+    columns = dataset.column_names
+    if text is not None:
+        names = (text,) if isinstance(text, str) else tuple(text)
+        check_columns(dataset, *names)
+        return names
+    for names in _TEXT_COLUMNS:
+        if all(name in columns for name in names):
+            return names
+    kinds = {name: getattr(feature, "dtype", None) for name, feature in dataset.features.items()}
+    strings = [name for name, kind in kinds.items() if kind in ("string", "large_string")]
+    if len(strings) == 1:
+        return strings
+    raise KeyError(
+        f"expected one of the text columns {[list(names) for names in _TEXT_COLUMNS]}, got columns {columns}; "
+        f"write dataset.rename_column({(strings or columns)[0]!r}, 'text')"
+    )
+
+
+def read_labels(dataset: datasets.Dataset, label: str) -> Tensor:
+    """The label column, (N, ...)."""
+    values = np.asarray(dataset[label])
+    if values.dtype.kind not in "iufb":
+        row = next(row for row, value in enumerate(values.tolist()) if not isinstance(value, int | float))
+        raise ValueError(
+            f"expected numbers in the label column {label!r}, got {values.tolist()[row]!r} in row {row}; write "
+            f"dataset.class_encode_column({label!r}), and drop rows without a label first"
+        )
+    return numbers_or_classes(torch.as_tensor(values))
+
+
+def label_column(dataset: datasets.Dataset, label: str | None) -> str | None:
+    """The column named, or what data sets call it; None where there is none."""
+    if label is not None:
+        check_columns(dataset, label)
+        return label
+    return next((name for name in ("label", "labels") if name in dataset.column_names), None)
+
+
+def numbers_or_classes(labels: Tensor) -> Tensor:
+    """Labels as they are where they are numbers, else as int64, whatever integers or booleans they came in."""
+    return labels if labels.is_floating_point() else labels.long()
