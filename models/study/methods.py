@@ -200,7 +200,10 @@ VARIATIONS = (
     }
     | {f"r = {rank}": replace(DEFAULT, rank=rank) for rank in (2, 4, 16)}
     | {f"r = {rank}, K = 2": replace(DEFAULT, rank=rank, guide=G.LowRankPrecision(2)) for rank in (16, 32)}
-    | {"r = 16, Diagonal": replace(DEFAULT, rank=16, guide=G.Diagonal())}
+    | {
+        "r = 16, Diagonal": replace(DEFAULT, rank=16, guide=G.Diagonal()),
+        "r = 16, K = 2, prior scale 0.2": replace(DEFAULT, rank=16, guide=G.LowRankPrecision(2), scale=0.2),
+    }
     | {f"prior scale {scale}": replace(DEFAULT, scale=scale) for scale in (0.03, 0.05, 0.2, 0.3)}
     | {
         "prior LayerScale": replace(DEFAULT, prior=lb.priors.LayerScale),
