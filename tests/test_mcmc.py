@@ -356,6 +356,8 @@ def test_bad_input_is_refused_before_any_work(method):
     for bad in ({"draws": 0}, {"chains": 1.5}, {"burn_in" if method != "nuts" else "warmup": -1}):
         with pytest.raises(ValueError, match=f"expected {next(iter(bad))} to be an integer >= 1"):
             run(method, model, token_batches(), **bad)
+    with pytest.raises(ValueError, match="expected draws >= 4, the fewest that R-hat"):
+        lb.infer.nuts(model, token_batches(), draws=3)
     bad = {"nuts": {"target_accept": 1.0}, "sgld": {"step_size": 4.0}, "sghmc": {"friction": 0.0}}[method]
     with pytest.raises(ValueError, match=f"expected {next(iter(bad))}"):
         run(method, model, token_batches(), **bad)

@@ -152,15 +152,16 @@ class Loop:
     def _random_states(self) -> dict[str, Tensor]:
         device = self.posterior.model.device
         found = {"cpu": torch.get_rng_state()}
-        if device.type == "cuda":
-            found["cuda"] = torch.cuda.get_rng_state(device)
+        if device.type != "cpu":
+            found[device.type] = torch.get_device_module(device).get_rng_state(device)
         if self.train.generator is not None:
             found["order"] = self.train.generator.get_state()
         return found
 
     def _set_random_states(self, saved: dict[str, Tensor]) -> None:
+        device = self.posterior.model.device
         torch.set_rng_state(saved["cpu"])
-        if "cuda" in saved and self.posterior.model.device.type == "cuda":
-            torch.cuda.set_rng_state(saved["cuda"], self.posterior.model.device)
+        if device.type != "cpu" and device.type in saved:
+            torch.get_device_module(device).set_rng_state(saved[device.type], device)
         if "order" in saved:
             self.train.generator.set_state(saved["order"])

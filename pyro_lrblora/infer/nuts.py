@@ -70,6 +70,8 @@ def nuts(
         ChainsNotConverged: the largest R-hat is above 1.05.
     """
     check_chain_arguments(model, draws=draws, warmup=warmup, chains=chains, max_tree_depth=max_tree_depth)
+    if draws < 4:
+        raise ValueError(f"expected draws >= 4, the fewest that R-hat is defined for, got draws={draws}")
     if not 0 < target_accept < 1:
         raise ValueError(f"expected target_accept between 0 and 1, got target_accept={target_accept!r}")
     tokenizer = tokenizer or model.tokenizer
