@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 
 import datasets
 import pandas as pd
+from tqdm.auto import tqdm
 
 from . import metrics
 from .adapters.lora import lora_parameters
@@ -44,6 +45,7 @@ def compare(
     evidence_draws: int = 50,
     bins: int = 15,
     seed: int = 0,
+    progress: bool = True,
     tokenizer=None,
 ) -> Comparison:
     """Score posteriors on the same rows, with what the fitted rows say for each and what each costs.
@@ -58,6 +60,7 @@ def compare(
         evidence_draws: S of ELBO and LOO; k-hat needs at least 25.
         bins: of the ECE, equal width.
         seed: of the draws.
+        progress: show a progress bar over the posteriors, where there are several.
         tokenizer: for a datasets.Dataset, where a model has none.
 
     Returns:
@@ -83,7 +86,10 @@ def compare(
     # Batches that are made anew at every pass may come in another order.
     known = isinstance(train, datasets.Dataset | list)
     identity = data_identity(train, next(iter(data.values()))["train"]) if known else {}
-    for name, posterior in posteriors.items():
+    silent = not progress or len(posteriors) == 1
+    bar = tqdm(posteriors.items(), desc="compare", unit="posterior", leave=False, disable=silent)
+    for name, posterior in bar:
+        bar.set_postfix_str(name)
         batches = data[name]
         if unlike(posterior.settings.get("fitted_with", {}), identity):
             notes.setdefault(_OTHER_ROWS, []).append(name)

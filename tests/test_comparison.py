@@ -142,6 +142,15 @@ def test_rows_are_posteriors_means_and_both_at_their_temperature(table):
     assert list(table.index) == [f"{row}{kind}" for row in ["point", *several] for kind in ("", ", temperature")]
 
 
+def test_a_bar_tells_which_posterior_is_at_work(fits, reviews, capsys):
+    two = dict(list(fits.items())[:2])
+    lb.compare(two, reviews["test"])
+    shown = capsys.readouterr().err
+    assert all(name in shown for name in [*two, "compare"])
+    lb.compare(two, reviews["test"], progress=False)
+    assert capsys.readouterr().err == ""
+
+
 def test_scores_are_those_of_the_predictions(table, by_hand, reviews):
     labels = reviews["test"]["label"]
     for row, (probs, temperature) in by_hand.items():

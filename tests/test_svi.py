@@ -344,7 +344,7 @@ def test_bf16_autocast_stays_in_the_network():
 def test_progress_bar_tells_epoch_bound_and_kl(capsys):
     fit(lb.BayesianLoRA(tiny_bert(), lb.LoRAXS(2)), progress=True)
     shown = capsys.readouterr().err
-    assert "ELBO/row=" in shown
+    assert shown.index("preparing") < shown.index("LowRankPrecision") < shown.index("ELBO/row=")
     assert "KL=" in shown
     assert "epoch=2" in shown
     fit(lb.BayesianLoRA(tiny_bert(), lb.LoRAXS(2)), progress=False)
@@ -373,6 +373,7 @@ BAD = [
     ({"warmup": 3}, ValueError, "warmup"),
     ({"rates": 1e-3}, TypeError, "Rates"),
     ({"callbacks": print}, TypeError, "list of callables"),
+    ({"callbacks": [lambda row: None]}, TypeError, r"called with \(row, posterior\), got <lambda>\(row\)"),
     ({"seed": None}, ValueError, "seed to be an integer"),
 ]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 
 import torch
@@ -47,6 +48,22 @@ def check_settings(settings: Mapping[str, object]) -> None:
         raise TypeError(f"expected rates of pyro_lrblora.Rates, got {rates!r}; write Rates(loc={rates!r})")
     if settings["path_derivative"] and settings["kl"] == "closed":
         raise ValueError("expected kl='mc' or 'auto' with path_derivative=True: a closed-form KL has no score term")
+
+
+def check_callbacks(callbacks) -> None:
+    """Raise a TypeError unless each takes a row and a posterior."""
+    if callable(callbacks) or not all(callable(callback) for callback in callbacks):
+        raise TypeError(f"expected callbacks to be a list of callables, got {callbacks!r}; write callbacks=[...]")
+    for callback in callbacks:
+        try:
+            takes = inspect.signature(callback)
+        except ValueError:  # written in C, without one
+            continue
+        try:
+            takes.bind({}, None)
+        except TypeError as error:
+            name = getattr(callback, "__name__", repr(callback))
+            raise TypeError(f"expected callbacks called with (row, posterior), got {name}{takes}: {error}") from None
 
 
 def check_device(model: BayesianLoRA, device: str | None) -> None:

@@ -21,6 +21,7 @@ from ..predictive import predict
 from ..provenance import fitted_with
 from .checkpoint import Checkpoint, identity_of
 from .checks import (
+    check_callbacks,
     check_device,
     check_distribution,
     check_estimator,
@@ -157,8 +158,7 @@ def svi(
         raise TypeError(f"expected a BayesianLoRA to fit, got {type(model).__name__}; write lb.BayesianLoRA(network)")
     check_settings(settings)
     check_device(model, device)
-    if callable(callbacks) or not all(callable(callback) for callback in callbacks):
-        raise TypeError(f"expected callbacks to be a list of callables, got {callbacks!r}; write callbacks=[...]")
+    check_callbacks(callbacks)
     if (patience is not None or keep_best) and validation is None:
         raise ValueError("expected validation= with patience= or keep_best=: the best is judged on rows not trained on")
     if checkpoint is not None and resume_from is not None:
@@ -176,7 +176,10 @@ def svi(
     record = fitted_with(model.device, given, train)  # before a pass in another order
 
     workers, arguments = Workers(), settings | {"rates": vars(rates)}
-    with torch.random.fork_rng():
+    total = steps or epochs * math.ceil(len(train) / accumulate)
+    silent = not (progress and workers.first)
+    # From here on, since probe, subspace and warm start pass over the data before the first step.
+    with torch.random.fork_rng(), tqdm(total=total, disable=silent, desc="preparing", unit="step") as bar:
         folder, saved = checkpoint if resume_from is None else resume_from, None
         if folder is not None or workers.size > 1:
             identity = identity_of(model, guide, train, validation, init, arguments)
@@ -203,7 +206,6 @@ def svi(
         fitted = spread_guide(fitted, model, guide, train, init, warm_start, warm_start_rows)
         resolved = {"kl": "closed" if closed else "mc", "draws": "row" if per_row else "shared"}
         posterior = Posterior(model, fitted, guide, [], {"method": "svi"} | arguments | resolved | record)
-        total = steps or epochs * math.ceil(len(train) / accumulate)
         loop = Loop(
             posterior, optimiser_of(posterior, rates), train,
             PartedELBO(
@@ -218,26 +220,24 @@ def svi(
             loop.load(saved)
         else:
             loop.begin()
-        with tqdm(
-            total=total, initial=loop.done, disable=not (progress and workers.first),
-            desc=type(fitted).__name__.removesuffix("Guide"), unit="step",
-        ) as bar:  # fmt: skip
-            stop = False
-            while not (loop.finished or stop):
-                row = loop.run_epoch(bar.update)
-                if validation is not None:
-                    row["validation_nll"] = _validation_nll(posterior, validation, validation_draws, precision, workers)
-                    if keep_best or patience is not None:
-                        loop.best.update(row["validation_nll"])
-                names = ("ELBO/row", "KL") if posterior.has_bound else ("log joint/row", "-log prior")
-                bar.set_postfix({"epoch": row["epoch"], names[0]: f"{row['elbo']:.3f}", names[1]: f"{row['kl']:.1f}"})
-                if workers.first:
-                    _LOGGER.info(_line(row))
-                    if saved is not None:
-                        loop.save(saved)
-                    with torch.random.fork_rng():  # whoever draws there does not change the fit
-                        stop = any([*(callback(row, posterior) for callback in callbacks)])
-                stop = workers.agree(stop, model.device)
+        bar.set_description(type(fitted).__name__.removesuffix("Guide"))
+        bar.update(loop.done)
+        stop = False
+        while not (loop.finished or stop):
+            row = loop.run_epoch(bar.update)
+            if validation is not None:
+                row["validation_nll"] = _validation_nll(posterior, validation, validation_draws, precision, workers)
+                if keep_best or patience is not None:
+                    loop.best.update(row["validation_nll"])
+            names = ("ELBO/row", "KL") if posterior.has_bound else ("log joint/row", "-log prior")
+            bar.set_postfix({"epoch": row["epoch"], names[0]: f"{row['elbo']:.3f}", names[1]: f"{row['kl']:.1f}"})
+            if workers.first:
+                _LOGGER.info(_line(row))
+                if saved is not None:
+                    loop.save(saved)
+                with torch.random.fork_rng():  # whoever draws there does not change the fit
+                    stop = any([*(callback(row, posterior) for callback in callbacks)])
+            stop = workers.agree(stop, model.device)
     loop.best.restore()
     if not loop.best.state and loop.watch.drift > DRIFT:
         warnings.warn(

@@ -13,6 +13,7 @@ from ..guides import Delta, LowRank
 from ..model import PRECISIONS, BayesianLoRA
 from ..posterior import Posterior, local_parameters
 from ..provenance import fitted_with
+from .checks import check_callbacks
 from .elbo import PartedELBO
 from .start import prior_sites, start_at
 from .step import Rates, add_gradients, gradient_scaler, optimiser_of, step
@@ -81,6 +82,7 @@ def swag(
         raise ValueError(f"expected precision to be one of {list(PRECISIONS)}, got {precision!r}")
     if burn_in == 0 and options:
         raise ValueError(f"expected no options of svi with burn_in=0, which fits no point, got {sorted(options)}")
+    check_callbacks(callbacks)
     _check_latents_only(model)
     tokenizer = tokenizer or model.tokenizer
     given, train = train, as_batches(train, tokenizer, batch_size=batch_size, shuffle=seed).restarted()
