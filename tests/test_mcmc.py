@@ -13,13 +13,14 @@ from pyro import distributions as dist
 
 import pyro_lrblora as lb
 from pyro_lrblora.arviz_io import convergence
+from pyro_lrblora.infer import stochastic_gradients
 from pyro_lrblora.infer.chains import ChainsNotConverged, log_joint, posterior_of_chains
+from pyro_lrblora.infer.preconditioner import preconditioner
 from pyro_lrblora.priors import prior_variance
 from pyro_lrblora.priors.variance import prior_covariance
 
 pytestmark = pytest.mark.filterwarnings("ignore::pyro_lrblora.infer.ChainsNotConverged")
 
-SGLD = importlib.import_module("pyro_lrblora.infer.sgld")  # its function hides it in the package
 
 # How much too large the variance comes out where G P has the eigenvalue 1, batches being all rows: the step times this.
 BIAS = {"sgld": 1 / 4, "sghmc": 1 / (2 * (2 - 0.3))}
@@ -74,8 +75,8 @@ def test_nuts_draws_from_the_exact_posterior(rank, full_mass, rows):
 def test_full_batch_chains_have_the_discretised_dynamics_own_moments(method, rank, options, monkeypatch):
     """On a Gaussian the stationary covariance is known: P^-1 (I - c G P)^-1, c being step times BIAS."""
     problem = LinearGaussian(rank, prior_scale={2: 0.7, 4: 0.1}[rank])
-    original, seen = SGLD.preconditioner, []
-    monkeypatch.setattr(SGLD, "preconditioner", lambda *args: seen.append(original(*args)) or seen[-1])
+    seen, kept = [], lambda *args: seen.append(preconditioner(*args)) or seen[-1]
+    monkeypatch.setattr(stochastic_gradients, "preconditioner", kept)
     posterior = run(method, problem.model, problem.batches(24), draws=500, thin=4, burn_in=150, **options)
     shrink = options["step_size"] * BIAS[method] * seen[0].double().diag() @ problem.precision
     biased = torch.linalg.solve(torch.eye(rank**2).double() - shrink, problem.precision.inverse(), left=False)
@@ -122,7 +123,7 @@ def unequal(problem, sizes):
 def test_every_row_counts_once_in_the_gradients_of_a_pass(sizes):
     """A chain that stands still at zero: its gradients' mean over two passes is that of all rows, P m."""
     problem, seen = LinearGaussian(2), []
-    SGLD.stochastic_gradient_chains(
+    stochastic_gradients.stochastic_gradient_chains(
         lambda position, momentum, gradient, scale: seen.append(gradient.double()), problem.model,
         unequal(problem, sizes), draws=2 * len(sizes) - 1, burn_in=1, thin=1, batch_size=1, chains=1, init=None, seed=0,
         progress=False, tokenizer=None, settings={"method": "none"},
@@ -137,7 +138,7 @@ def stiffness(problem, prior):
     (blocks,) = prior_covariance(model.sample_prior, model.sites.shapes).values()
     precision = problem.fisher + torch.block_diag(*blocks.inverse())
     mean = torch.linalg.solve(precision, problem.precision @ problem.mean)
-    scale = SGLD.preconditioner(model, lb.data.as_batches([problem.batch]), model.sites, torch.zeros(problem.size))
+    scale = preconditioner(model, lb.data.as_batches([problem.batch]), model.sites, torch.zeros(problem.size))
     return model, precision, mean, scale.double()
 
 
@@ -169,7 +170,7 @@ def test_the_preconditioner_knows_a_prior_whose_sites_depend_on_each_other():
         return {"A": a, "B": pyro.sample("B", dist.Normal(5 * a.mT, 0.01).to_event())}
 
     model = lb.BayesianLoRA(tiny_bert(), lb.LoRA(1, ["query"], layers=[1]), tied, head="frozen", size=40)
-    scale = SGLD.preconditioner(model, lb.data.as_batches(token_batches()), model.sites, torch.zeros(32)).sqrt()
+    scale = preconditioner(model, lb.data.as_batches(token_batches()), model.sites, torch.zeros(32)).sqrt()
     # Of each pair 1 / 0.1^2 + (5 / 0.01)^2, -5 / 0.01^2 and 1 / 0.01^2; the likelihood's part only adds to it.
     eye = torch.eye(16)
     prior = torch.cat([torch.cat([250100 * eye, -50000 * eye], 1), torch.cat([-50000 * eye, 10000 * eye], 1)])
@@ -189,8 +190,8 @@ def test_latents_that_are_independent_count_with_their_variance(prior, monkeypat
     for _ in range(2):
         torch.manual_seed(5)
         at = torch.full((4,), 0.1)
-        found.append(SGLD.preconditioner(model, lb.data.as_batches(problem.batches(8)), model.sites, at))
-        monkeypatch.setattr(SGLD, "_prior_curvature", by_variance)
+        found.append(preconditioner(model, lb.data.as_batches(problem.batches(8)), model.sites, at))
+        monkeypatch.setattr("pyro_lrblora.infer.preconditioner._prior_curvature", by_variance)
     assert torch.equal(*found)
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from ..model import BayesianLoRA
 from ..posterior import Posterior, local_parameters
 from .chains import posterior_of_chains
-from .sgld import check_step, stochastic_gradient_chains
+from .stochastic_gradients import check_step, stochastic_gradient_chains
 
 
 @local_parameters
