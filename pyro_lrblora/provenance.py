@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -58,18 +58,22 @@ def data_hash(data) -> str:
     Args:
         data: a datasets.Dataset, hashed as it is stored, whatever its cache; or batch dicts.
     """
+    if not isinstance(data, datasets.Dataset):
+        return tensor_hash((n, v) for batch in data for n, v in sorted(batch.items()) if isinstance(v, Tensor))
     digest = hashlib.sha256()
-    if isinstance(data, datasets.Dataset):
-        readable = lambda value: value.hex() if isinstance(value, bytes) else str(value)
-        for table in data.with_format("arrow").iter(1000):
-            for row in table.to_pylist():
-                digest.update(json.dumps(row, sort_keys=True, default=readable).encode())
-        return digest.hexdigest()
-    for batch in data:
-        for name, value in sorted(batch.items()):
-            if isinstance(value, Tensor):
-                digest.update(f"{name} {value.dtype} {tuple(value.shape)} ".encode())
-                digest.update(value.detach().cpu().flatten().contiguous().view(torch.uint8).numpy().tobytes())
+    readable = lambda value: value.hex() if isinstance(value, bytes) else str(value)
+    for table in data.with_format("arrow").iter(1000):
+        for row in table.to_pylist():
+            digest.update(json.dumps(row, sort_keys=True, default=readable).encode())
+    return digest.hexdigest()
+
+
+def tensor_hash(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """The sha256 of named tensors in their order: names, dtypes, shapes and values."""
+    digest = hashlib.sha256()
+    for name, value in tensors:
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)} ".encode())
+        digest.update(value.detach().cpu().flatten().contiguous().view(torch.uint8).numpy())
     return digest.hexdigest()
 
 

@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..provenance import tensor_hash
 from .statistics import bind
 from .targets import base_weight, device_of, stored_parameters, weight_shape
 
@@ -47,7 +48,7 @@ def bind_cached(folder, model, batches: Iterable[Mapping[str, Tensor]], seed: in
     file.parent.mkdir(parents=True, exist_ok=True)
     # Moved into place when it is whole; several processes may write the same.
     partial = file.with_name(f"{file.name}.{os.getpid()}")
-    save_file(tensors, partial, metadata={"sha256": _digest(sorted(tensors.items()))})
+    save_file(tensors, partial, metadata={"sha256": tensor_hash(sorted(tensors.items()))})
     os.replace(partial, file)
     return bound
 
@@ -56,7 +57,7 @@ def _read(file: Path, modules: Mapping[str, torch.nn.Module]) -> dict[str, Tenso
     with safe_open(file, "pt") as held:
         tensors = {name: held.get_tensor(name) for name in held.keys()}  # noqa: SIM118, it is no mapping
         digest = (held.metadata() or {}).get("sha256")
-    if digest != _digest(sorted(tensors.items())):
+    if digest != tensor_hash(sorted(tensors.items())):
         raise ValueError("its values are not those that were written")
     # Where bind leaves them: beside the weights.
     owner = lambda name: modules.get(name.rpartition(".")[0])
@@ -69,7 +70,7 @@ def _key(model, batches, seed: int) -> str:
     if model.adapter.statistics is not None:
         tensors += [stored_parameters(model.network), model.head_start.items(), model.head_values().items()]
         tensors += [sorted(batch.items()) for batch in batches]
-    digests = [_digest(named) for named in tensors]
+    digests = [tensor_hash(named) for named in tensors]
     return hashlib.sha256("\n".join(words + digests).encode()).hexdigest()[:32]
 
 
@@ -79,11 +80,3 @@ def _words(model) -> list[str]:
 
 def _shapes(model) -> dict[str, tuple[int, int]]:
     return {name: weight_shape(module) for name, module in model.modules.items()}
-
-
-def _digest(named: Iterable[tuple[str, Tensor]]) -> str:
-    digest = hashlib.sha256()
-    for name, value in named:
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()

@@ -6,10 +6,9 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -17,6 +16,7 @@ from torch import Tensor
 from ..data import EncodedBatches
 from ..model import BayesianLoRA
 from ..posterior import Posterior
+from ..provenance import tensor_hash
 from .progress import states, under
 from .start import in_same_subspace, same_tensors, subspace_of
 
@@ -121,11 +121,11 @@ def identity_of(
     described = {"adapter": model.adapter, "prior": model.prior, "likelihood": model.likelihood, "guide": guide}
     described |= {"head": model.head, "dropout": model.dropout} | dict(arguments)
     digests = {
-        "network": _digest(_base_values(model)),
-        "fixed head": _digest(model._fixed_head.items()),
+        "network": tensor_hash(_base_values(model)),
+        "fixed head": tensor_hash(model._fixed_head.items()),
         "training data": _data_digest(train),
-        "validation data": _digest(()) if validation is None else _data_digest(validation),
-        "init": _digest(start.items()),
+        "validation data": tensor_hash(()) if validation is None else _data_digest(validation),
+        "init": tensor_hash(start.items()),
     }
     # A user's own function or class tells its address, which is another one in every process.
     text = {name: re.sub(r" at 0x[0-9a-f]+", "", repr(value)) for name, value in described.items()}
@@ -145,13 +145,5 @@ def _data_digest(batches) -> str:
     if isinstance(batches, EncodedBatches):
         batches = batches.in_order()
     elif not isinstance(batches.source, Sequence):
-        return _digest([("labels", batches.labels.flatten().sort().values)])
-    return _digest((name, v) for batch in batches for name, v in batch.items() if isinstance(v, Tensor))
-
-
-def _digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
-    found = hashlib.sha256()
-    for name, value in tensors:
-        found.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        found.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()
+        return tensor_hash([("labels", batches.labels.flatten().sort().values)])
+    return tensor_hash((name, v) for batch in batches for name, v in batch.items() if isinstance(v, Tensor))
