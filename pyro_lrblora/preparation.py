@@ -5,8 +5,8 @@ from __future__ import annotations
 from .adapters.cache import bind_cached, check_cache
 from .adapters.statistics import bind
 from .data import as_batches, check_class_order
-from .head import probe_head
 from .model import BayesianLoRA
+from .probe import probe_head
 
 
 def prepare(
