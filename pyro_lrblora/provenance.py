@@ -1,4 +1,4 @@
-"""What a fit was made with: versions, hardware, and which rows."""
+"""What a fit was made with: versions, hardware, and which rows; hashes that tell rows and tensors apart."""
 
 from __future__ import annotations
 

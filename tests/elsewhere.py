@@ -1,9 +1,10 @@
 """A second device without a GPU: tensors that are said to lie on "elsewhere", computed on the CPU.
 
 Within `Elsewhere()` whatever is created on that device or moved to it meets the rules of a real one: an operation on
-tensors of both devices raises, as do `numpy()` and a generator of the CPU. It shows that a program puts everything
-where it belongs; memory, kernels, their rounding and autocast it does not show. Importing this registers the device
-with torch for good, so that tests do it in a process of their own.
+tensors of both devices raises (but copies, indices and a single number that is read), as do `numpy()` and a generator
+of the CPU. It shows that a program puts everything where it belongs; memory, kernels, their rounding and autocast it
+does not show, and shapes changed in place it does not know. Importing this registers the device with torch for good,
+so that tests do it in a process of their own.
 """
 
 from __future__ import annotations
@@ -116,24 +117,34 @@ def _computed(operation, args, options):
     flat, form = tree_flatten((args, options))
     there = [each for each in flat if isinstance(each, There)]
     here = [each for each in flat if isinstance(each, torch.Tensor) and not isinstance(each, There)]
-    asked, kind = options.get("device"), operation.overloadpacket
+    asked = options.get("device")
     if asked is not None:
-        stays = torch.device(asked).type == "elsewhere"
-    elif kind in _INDEXED | _COPIES:  # the one whose entries are read or written; indices may lie on the CPU
-        stays = isinstance(args[0], There)
-        if kind in _INDEXED and there and not stays:
-            raise RuntimeError(f"{operation}: expected indices and values on the CPU, got some elsewhere")
+        lands_there = torch.device(asked).type == "elsewhere"
+    elif operation.overloadpacket in _COPIES:
+        lands_there = isinstance(args[0], There)
     else:
-        stays = bool(there)
-        numbers = torch.Tag.pointwise in operation.tags  # where a tensor of one number counts as a number
-        wrong = [tuple(each.shape) for each in here if each.dim() or not numbers]
-        if there and wrong:
-            raise RuntimeError(f"{operation}: expected all tensors elsewhere, got {wrong} on the CPU")
-    if stays and getattr(options.get("generator"), "device", None) is not None:
+        lands_there = bool(there)
+        _check_devices(operation, args, there, here)
+    if lands_there and options.get("generator") is not None:
         raise RuntimeError(f"{operation}: expected a generator from elsewhere, got one of the CPU")
     args, options = tree_unflatten([each.here if isinstance(each, There) else each for each in flat], form)
     result = operation(*args, **(options if asked is None else options | {"device": torch.device("cpu")}))
-    if not stays:
+    if not lands_there:
         return result
     given = {id(each.here): each for each in there}  # an operation in place gives back the very tensor it was given
     return tree_map_only(torch.Tensor, lambda each: given[id(each)] if id(each) in given else There(each), result)
+
+
+def _check_devices(operation, args, there, here):
+    """Raise a RuntimeError where tensors of both devices meet that CUDA would not let meet."""
+    if not (there and here):
+        return
+    if operation.overloadpacket in _INDEXED:  # indices may lie on the CPU, what is indexed and its new values may not
+        values = args[2] if len(args) > 2 else args[0]
+        allowed = isinstance(args[0], There) and (isinstance(values, There) or not values.dim())
+    else:  # one number of the CPU may be read, not written
+        written = operation._schema.is_mutable and not isinstance(args[0], There)
+        allowed = torch.Tag.pointwise in operation.tags and len(here) == 1 and not here[0].dim() and not written
+    if not allowed:
+        shapes = [tuple(each.shape) for each in here]
+        raise RuntimeError(f"{operation}: expected all tensors elsewhere, got {shapes} on the CPU")

@@ -1,4 +1,4 @@
-"""Everything a posterior goes through puts its tensors where the network lies: held against the CPU on a second device.
+"""What a posterior goes through puts its tensors where the network lies: held against the CPU on a second device.
 
 python tests/test_elsewhere.py    every case in this process
 """
@@ -18,6 +18,7 @@ from tempfile import TemporaryDirectory
 import datasets
 import pytest
 import torch
+import torch.utils.backend_registration
 import transformers
 from conftest import tiny_bert, tiny_reviews, tiny_tokenizer
 from pyro.infer.autoguide import AutoLaplaceApproximation, AutoLowRankMultivariateNormal
@@ -52,10 +53,17 @@ def made(infer, **options):
 
 def laplace(structure):
     def run(device):
-        at = {"init": fitted(device, guide=G.Delta()), "prior_precision": "marginal_likelihood"}
-        return predicted(lb.infer.laplace(at["init"].model, TRAIN, structure=structure, **at), method="linearised")
+        point = fitted(device, guide=G.Delta())
+        options = {"structure": structure, "prior_precision": "marginal_likelihood", "init": point}
+        return predicted(lb.infer.laplace(point.model, TRAIN, **options), method="linearised")
 
     return run
+
+
+def profiled(device):
+    under = model(device)
+    under = under.with_prior(P.SingularValues.of(under))
+    return predicted(lb.fit(under, TRAIN, guide=G.Diagonal(), **SHORT))
 
 
 def chain(infer, **options):
@@ -126,7 +134,9 @@ CASES: dict[str, Callable] = {
     )},
     **{repr(prior): fits(prior=prior) for prior in (
         P.LayerScale(), P.Learned(P.Normal(0.1)), P.RegularisedHorseshoe(), P.SpikeSlab(), P.MatrixNormal(),
+        P.Horseshoe(), P.StudentT(),
     )},
+    "SingularValues": profiled,
     **{repr(projection): fits(adapter=lb.LoRAXS(2, projection)) for projection in (
         J.WhitenedSVD(), J.Gradient(), J.Random(), J.DCT(), J.Hybrid((J.SVD(), J.DCT()), (1, 1)),
     )},
@@ -167,23 +177,23 @@ def main() -> None:
             found[name] = f"{type(error).__name__}: {error} at {frames[-8:]}"
             continue
         pairs = zip(*(each if isinstance(each, tuple) else (each,) for each in (here, there)), strict=True)
-        found[name] = max(float((one - other.cpu()).abs().max()) for one, other in pairs)
+        apart = [(one - other.cpu()).abs().flatten() for one, other in pairs]
+        found[name] = torch.cat(apart).max().item()  # NaN where there is one
         print(name, found[name], file=sys.stderr, flush=True)
     print(json.dumps(found))
 
 
-@pytest.fixture(scope="module")
-def differences():
+def test_a_second_device_gives_what_the_cpu_gives():
+    if not hasattr(torch.utils.backend_registration, "_setup_privateuseone_for_python_backend"):
+        pytest.skip(f"torch {torch.__version__} knows no devices written in Python")
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_the_same_on_a_second_device(name, differences):
-    assert isinstance(differences[name], float), differences[name]
-    assert differences[name] < 1e-3  # rounding, which two steps of Adam can enlarge
+    differences = json.loads(done.stdout.splitlines()[-1])
+    assert differences.keys() == CASES.keys()
+    # Rounding differs, and a step of Adam can enlarge it.
+    wrong = {name: found for name, found in differences.items() if isinstance(found, str) or not found < 1e-3}
+    assert not wrong
 
 
 if __name__ == "__main__":

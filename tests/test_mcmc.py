@@ -21,7 +21,6 @@ from pyro_lrblora.priors.variance import prior_covariance
 
 pytestmark = pytest.mark.filterwarnings("ignore::pyro_lrblora.infer.ChainsNotConverged")
 
-
 # How much too large the variance comes out where G P has the eigenvalue 1, batches being all rows: the step times this.
 BIAS = {"sgld": 1 / 4, "sghmc": 1 / (2 * (2 - 0.3))}
 
@@ -75,8 +74,8 @@ def test_nuts_draws_from_the_exact_posterior(rank, full_mass, rows):
 def test_full_batch_chains_have_the_discretised_dynamics_own_moments(method, rank, options, monkeypatch):
     """On a Gaussian the stationary covariance is known: P^-1 (I - c G P)^-1, c being step times BIAS."""
     problem = LinearGaussian(rank, prior_scale={2: 0.7, 4: 0.1}[rank])
-    seen, kept = [], lambda *args: seen.append(preconditioner(*args)) or seen[-1]
-    monkeypatch.setattr(stochastic_gradients, "preconditioner", kept)
+    seen, recording = [], lambda *args: seen.append(preconditioner(*args)) or seen[-1]
+    monkeypatch.setattr(stochastic_gradients, "preconditioner", recording)
     posterior = run(method, problem.model, problem.batches(24), draws=500, thin=4, burn_in=150, **options)
     shrink = options["step_size"] * BIAS[method] * seen[0].double().diag() @ problem.precision
     biased = torch.linalg.solve(torch.eye(rank**2).double() - shrink, problem.precision.inverse(), left=False)
@@ -357,7 +356,7 @@ def test_bad_input_is_refused_before_any_work(method):
     for bad in ({"draws": 0}, {"chains": 1.5}, {"burn_in" if method != "nuts" else "warmup": -1}):
         with pytest.raises(ValueError, match=f"expected {next(iter(bad))} to be an integer >= 1"):
             run(method, model, token_batches(), **bad)
-    with pytest.raises(ValueError, match="expected draws >= 4, the fewest that R-hat"):
+    with pytest.raises(ValueError, match="expected draws >= 4, the fewest that Pyro"):
         lb.infer.nuts(model, token_batches(), draws=3)
     bad = {"nuts": {"target_accept": 1.0}, "sgld": {"step_size": 4.0}, "sghmc": {"friction": 0.0}}[method]
     with pytest.raises(ValueError, match=f"expected {next(iter(bad))}"):

@@ -373,6 +373,7 @@ BAD = [
     ({"warmup": 3}, ValueError, "warmup"),
     ({"rates": 1e-3}, TypeError, "Rates"),
     ({"callbacks": print}, TypeError, "list of callables"),
+    ({"callbacks": (callback for callback in [print])}, TypeError, "list of callables"),
     ({"callbacks": [lambda row: None]}, TypeError, r"called with \(row, posterior\), got <lambda>\(row\)"),
     ({"seed": None}, ValueError, "seed to be an integer"),
 ]

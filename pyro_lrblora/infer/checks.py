@@ -1,9 +1,9 @@
-"""What `svi` asks of its settings, and of how a prior and a guide fit together, before it does any work."""
+"""What `svi` asks of its settings, its callbacks, and how a prior and a guide fit together, before it does any work."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from pyro import poutine
@@ -51,19 +51,21 @@ def check_settings(settings: Mapping[str, object]) -> None:
 
 
 def check_callbacks(callbacks) -> None:
-    """Raise a TypeError unless each takes a row and a posterior."""
-    if callable(callbacks) or not all(callable(callback) for callback in callbacks):
+    """Raise a TypeError unless these are a sequence of callables that each take a row and a posterior."""
+    if not isinstance(callbacks, Sequence) or not all(callable(callback) for callback in callbacks):
         raise TypeError(f"expected callbacks to be a list of callables, got {callbacks!r}; write callbacks=[...]")
     for callback in callbacks:
         try:
-            takes = inspect.signature(callback)
-        except ValueError:  # written in C, without one
+            signature = inspect.signature(callback, follow_wrapped=False)
+        except (TypeError, ValueError):  # what is written in C, or pretends to be a function, may have none
             continue
         try:
-            takes.bind({}, None)
+            signature.bind({}, None)
         except TypeError as error:
             name = getattr(callback, "__name__", repr(callback))
-            raise TypeError(f"expected callbacks called with (row, posterior), got {name}{takes}: {error}") from None
+            raise TypeError(
+                f"expected callbacks called with (row, posterior), got {name}{signature}: {error}"
+            ) from None
 
 
 def check_device(model: BayesianLoRA, device: str | None) -> None:

@@ -47,7 +47,7 @@ def nuts(
     Args:
         model: prepared or not, with head="bayesian", a fixed or a frozen head; any prior.
         train: a datasets.Dataset, Batches, or a re-iterable of batch dicts, with labels; one batch is made of them.
-        draws: S per chain, after warm-up.
+        draws: S per chain, after warm-up, at least 4.
         warmup: steps per chain in which step size and mass matrix adapt.
         chains: at least 2, for R-hat to compare different starts.
         seed: of everything random here.
@@ -71,7 +71,7 @@ def nuts(
     """
     check_chain_arguments(model, draws=draws, warmup=warmup, chains=chains, max_tree_depth=max_tree_depth)
     if draws < 4:
-        raise ValueError(f"expected draws >= 4, the fewest that R-hat is defined for, got draws={draws}")
+        raise ValueError(f"expected draws >= 4, the fewest that Pyro's diagnostics take, got draws={draws}")
     if not 0 < target_accept < 1:
         raise ValueError(f"expected target_accept between 0 and 1, got target_accept={target_accept!r}")
     tokenizer = tokenizer or model.tokenizer

@@ -63,22 +63,21 @@ def stochastic_gradient_chains(
         sites = LatentSites({name: value.shape for name, value in values.items()})
         start = sites.join(values)
         scale = preconditioner(model, batches, sites, start)
-        bar = tqdm(total=chains * steps, disable=not progress, desc=settings["method"].upper(), unit="step")
-        for chain in range(chains):
-            position, momentum, kept = start.clone(), torch.zeros_like(start), []
-            begun, stream = time.perf_counter(), endless(batches)
-            with model.attached(dropout=False):
-                for step in range(1, steps + 1):
-                    place, batch = next(stream)
-                    with naming_the_batch(place):
-                        gradient = _gradient(model, batch, sites, position, row_weight(batch, batches))
-                    update(position, momentum, gradient, scale)
-                    if step > burn_in and (step - burn_in) % thin == 0:
-                        kept.append(position.clone())
-                    bar.update()
-            runs.append(torch.stack(kept))
-            history.append({"chain": chain, "step": (chain + 1) * steps, "seconds": time.perf_counter() - begun})
-        bar.close()
+        with tqdm(total=chains * steps, disable=not progress, desc=settings["method"].upper(), unit="step") as bar:
+            for chain in range(chains):
+                position, momentum, kept = start.clone(), torch.zeros_like(start), []
+                begun, stream = time.perf_counter(), endless(batches)
+                with model.attached(dropout=False):
+                    for step in range(1, steps + 1):
+                        place, batch = next(stream)
+                        with naming_the_batch(place):
+                            gradient = _gradient(model, batch, sites, position, row_weight(batch, batches))
+                        update(position, momentum, gradient, scale)
+                        if step > burn_in and (step - burn_in) % thin == 0:
+                            kept.append(position.clone())
+                        bar.update()
+                runs.append(torch.stack(kept))
+                history.append({"chain": chain, "step": (chain + 1) * steps, "seconds": time.perf_counter() - begun})
     return model, sites.split(torch.stack(runs)), history, settings | counts | {"seed": seed} | record
 
 

@@ -176,10 +176,8 @@ def svi(
     record = fitted_with(model.device, given, train)  # before a pass in another order
 
     workers, arguments = Workers(), settings | {"rates": vars(rates)}
-    total = steps or epochs * math.ceil(len(train) / accumulate)
     silent = not (progress and workers.first)
-    # From here on, since probe, subspace and warm start pass over the data before the first step.
-    with torch.random.fork_rng(), tqdm(total=total, disable=silent, desc="preparing", unit="step") as bar:
+    with torch.random.fork_rng():
         folder, saved = checkpoint if resume_from is None else resume_from, None
         if folder is not None or workers.size > 1:
             identity = identity_of(model, guide, train, validation, init, arguments)
@@ -187,25 +185,28 @@ def svi(
         if folder is not None:
             saved = Checkpoint(folder, identity, required=resume_from is not None)
         resuming = saved is not None and saved.values is not None
-        torch.manual_seed(seed)
-        if resuming:
-            model, init, warm_start = saved.model(model, train, tokenizer), None, False
-        else:
-            model = in_subspace(model, init, train, tokenizer)
-            if map_epochs:
-                with torch.random.fork_rng():  # what does not fit together is refused before the point is fitted
-                    _begun(model, guide, init, settings)
-                init = svi(
-                    model, train, guide=Delta(), epochs=map_epochs, rates=rates, init=init, warm_start=False, seed=seed,
-                    schedule=schedule, warmup=warmup, clip=clip, accumulate=accumulate, precision=precision,
-                    progress=progress,
-                )  # fmt: skip
+        # Probe, subspace and warm start pass over the data before there is a step to count.
+        with tqdm(desc="preparing", bar_format="{desc} {elapsed}", leave=False, disable=silent):
+            torch.manual_seed(seed)
+            if resuming:
+                model, init, warm_start = saved.model(model, train, tokenizer), None, False
+            else:
                 model = in_subspace(model, init, train, tokenizer)
-            model = workers.model_of_first(model, tokenizer)
-        fitted, closed, per_row = _begun(model, guide, init, settings)
-        fitted = spread_guide(fitted, model, guide, train, init, warm_start, warm_start_rows)
+                if map_epochs:
+                    with torch.random.fork_rng():  # what does not fit together is refused before the point is fitted
+                        _begun(model, guide, init, settings)
+                    init = svi(
+                        model, train, guide=Delta(), epochs=map_epochs, rates=rates, init=init, warm_start=False,
+                        seed=seed, schedule=schedule, warmup=warmup, clip=clip, accumulate=accumulate,
+                        precision=precision, progress=progress,
+                    )  # fmt: skip
+                    model = in_subspace(model, init, train, tokenizer)
+                model = workers.model_of_first(model, tokenizer)
+            fitted, closed, per_row = _begun(model, guide, init, settings)
+            fitted = spread_guide(fitted, model, guide, train, init, warm_start, warm_start_rows)
         resolved = {"kl": "closed" if closed else "mc", "draws": "row" if per_row else "shared"}
         posterior = Posterior(model, fitted, guide, [], {"method": "svi"} | arguments | resolved | record)
+        total = steps or epochs * math.ceil(len(train) / accumulate)
         loop = Loop(
             posterior, optimiser_of(posterior, rates), train,
             PartedELBO(
@@ -220,24 +221,26 @@ def svi(
             loop.load(saved)
         else:
             loop.begin()
-        bar.set_description(type(fitted).__name__.removesuffix("Guide"))
-        bar.update(loop.done)
-        stop = False
-        while not (loop.finished or stop):
-            row = loop.run_epoch(bar.update)
-            if validation is not None:
-                row["validation_nll"] = _validation_nll(posterior, validation, validation_draws, precision, workers)
-                if keep_best or patience is not None:
-                    loop.best.update(row["validation_nll"])
-            names = ("ELBO/row", "KL") if posterior.has_bound else ("log joint/row", "-log prior")
-            bar.set_postfix({"epoch": row["epoch"], names[0]: f"{row['elbo']:.3f}", names[1]: f"{row['kl']:.1f}"})
-            if workers.first:
-                _LOGGER.info(_line(row))
-                if saved is not None:
-                    loop.save(saved)
-                with torch.random.fork_rng():  # whoever draws there does not change the fit
-                    stop = any([*(callback(row, posterior) for callback in callbacks)])
-            stop = workers.agree(stop, model.device)
+        with tqdm(
+            total=total, initial=loop.done, desc=type(fitted).__name__.removesuffix("Guide"), unit="step",
+            disable=silent,
+        ) as bar:  # fmt: skip
+            stop = False
+            while not (loop.finished or stop):
+                row = loop.run_epoch(bar.update)
+                if validation is not None:
+                    row["validation_nll"] = _validation_nll(posterior, validation, validation_draws, precision, workers)
+                    if keep_best or patience is not None:
+                        loop.best.update(row["validation_nll"])
+                names = ("ELBO/row", "KL") if posterior.has_bound else ("log joint/row", "-log prior")
+                bar.set_postfix({"epoch": row["epoch"], names[0]: f"{row['elbo']:.3f}", names[1]: f"{row['kl']:.1f}"})
+                if workers.first:
+                    _LOGGER.info(_line(row))
+                    if saved is not None:
+                        loop.save(saved)
+                    with torch.random.fork_rng():  # whoever draws there does not change the fit
+                        stop = any([*(callback(row, posterior) for callback in callbacks)])
+                stop = workers.agree(stop, model.device)
     loop.best.restore()
     if not loop.best.state and loop.watch.drift > DRIFT:
         warnings.warn(

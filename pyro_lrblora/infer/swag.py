@@ -70,6 +70,7 @@ def swag(
     Raises:
         ValueError: fewer snapshots than columns, arguments out of range, options of a point fit without one
             (burn_in=0), a prior with sites of its own, a Bayesian head, an unknown precision.
+        TypeError: callbacks that do not take a row and a posterior.
         FloatingPointError: NaN or infinite loss; names the batch.
     """
     if not 2 <= columns <= snapshots:

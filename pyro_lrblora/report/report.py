@@ -32,6 +32,7 @@ def report(
     evidence_draws: int = 100,
     seed: int = 0,
     title: str = "Posterior report",
+    progress: bool = True,
     tokenizer=None,
 ) -> Report:
     """Examine the first posterior, compare it with the others, and write it all to one page.
@@ -42,6 +43,7 @@ def report(
         gradient_batches, draws, evidence_draws, seed, tokenizer: likewise; the evidence of the others is left out.
         path: ends in .html for one self-contained file, or in .md for Markdown with its pictures in a folder beside it.
         title: of the page.
+        progress: show the comparison's progress bar.
 
     Returns:
         What was written, with the diagnosis and the comparison that its numbers come from.
@@ -65,7 +67,7 @@ def report(
     predicted = diagnosis.findings.prediction
     labelled = predicted is not None and predicted.labels is not None
     comparison = (
-        compare(posteriors, test, validation=validation, draws=draws, seed=seed, tokenizer=tokenizer)
+        compare(posteriors, test, validation=validation, draws=draws, seed=seed, progress=progress, tokenizer=tokenizer)
         if labelled
         else None
     )
