@@ -175,27 +175,32 @@ def test_the_documented_tables_are_those_of_the_lines(script, tmp_path):
     assert set(shown) <= set(tables.splitlines())
 
 
-def test_values_are_chosen_by_the_mean_over_seeds_and_tasks_at_the_number_of_rows(script):
+def test_values_are_chosen_by_the_mean_over_seeds_and_tasks_at_the_rows_and_layers(script):
     tables, methods = script("tables"), script("methods").METHODS
 
-    def run(value, task, seed, nll, rows, judged=True):
+    def run(value, task, seed, nll, rows, judged=True, frozen=4):
         row = {"validation": {"NLL": -nll}} | ({"judged": {"NLL": nll}} if judged else {})
         settings = {"stage": "tune", "task": task, "method": "LoRA", "value": value, "seed": seed, "rows": rows}
+        settings["frozen_layers"] = frozen
         return {"settings": settings, "rows": {"point": row}}
 
     # By its last seed or by one task alone the first value would win.
     runs = [run(3e-4, "a", seed, nll, 100) for seed, nll in enumerate((0.9, 0.2))] + [run(3e-4, "b", 0, 0.6, 100)]
     runs += [run(1e-3, "a", seed, nll, 100) for seed, nll in enumerate((0.4, 0.4))] + [run(1e-3, "b", 0, 0.6, 100)]
     runs += [run(3e-3, "a", 0, 0.0, 100)]  # not made on every task
-    assert tables.chosen(runs, "LoRA", methods, 100) == 1e-3
+    assert tables.chosen(runs, "LoRA", methods, 100, 4) == 1e-3
     assert tables.tuning(runs).loc[("LoRA", 3e-4), "a"] == pytest.approx(0.55)
     more = [run(3e-4, task, 0, 0.1, 1000, judged=False) for task in "ab"]
     more += [run(1e-3, task, 0, 0.3, 1000, judged=False) for task in "ab"]  # its validation NLL is the lower one
-    assert tables.chosen(runs + more, "LoRA", methods, 100) == 1e-3
-    assert tables.chosen([*more, run(1e-3, "a", 0, 0.3, 50)], "LoRA", methods, 1000) == 1e-3
-    assert tables.chosen(runs, "LoRA", methods, 1000) == 1e-3  # none made with as many rows
-    assert tables.chosen(runs, "BLoB-like", methods, 100) == methods["BLoB-like"].grid[1]
-    assert tables.chosen([], "LoRA", methods, 100) == methods["LoRA"].grid[1]
+    assert tables.chosen(runs + more, "LoRA", methods, 100, 4) == 1e-3
+    assert tables.chosen([*more, run(1e-3, "a", 0, 0.3, 50)], "LoRA", methods, 1000, 4) == 1e-3
+    assert tables.chosen(runs, "LoRA", methods, 1000, 4) == 1e-3  # none made with as many rows
+    deeper = [run(3e-4, "a", 0, 0.1, 100, frozen=0), run(1e-3, "a", 0, 0.2, 100, frozen=0)]
+    assert tables.chosen(runs + deeper, "LoRA", methods, 100, 0) == 3e-4
+    assert tables.chosen(runs + deeper, "LoRA", methods, 100, 4) == 1e-3
+    assert tables.chosen(runs, "LoRA", methods, 100, 0) == 1e-3  # none made with as many layers
+    assert tables.chosen(runs, "BLoB-like", methods, 100, 4) == methods["BLoB-like"].grid[1]
+    assert tables.chosen([], "LoRA", methods, 100, 4) == methods["LoRA"].grid[1]
 
 
 def test_paired_differences_against_brute_force(script):

@@ -86,7 +86,7 @@ def planned(stage: str, args: argparse.Namespace, finished: Sequence[Mapping]) -
     shared = {name: getattr(args, name) for name in names}
     if stage == "scores":
         shared |= {name: getattr(args, name) for name in ("test_rows", "outside_rows", "draws")}
-        values = {name: chosen(finished, name, METHODS, args.rows) for name in args.methods}
+        values = {name: chosen(finished, name, METHODS, args.rows, args.frozen_layers) for name in args.methods}
         for seed in args.seeds:
             for task in args.tasks:
                 for name, value in values.items():

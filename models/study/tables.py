@@ -22,20 +22,23 @@ _SHARED = ("rows", "base", "frozen_layers", "validation_rows", "max_length", "ba
 _FIRST = ("draws", "linearised", "point")  # the row of a run that stands for its method
 
 
-def chosen(finished: Sequence[Mapping], name: str, methods: Mapping, rows: int) -> float:
+def chosen(finished: Sequence[Mapping], name: str, methods: Mapping, rows: int, frozen_layers: int) -> float:
     """The value of a method's setting with the lowest NLL in `tuning`.
 
     Args:
         finished: runs.
         name: of the method.
         methods: by name.
-        rows: that it will be trained on. Runs tuned on as many count alone, if there are any of the method.
+        rows, frozen_layers: what it will be trained on. Runs tuned with the same count alone, if there are any of the
+            method; else those with as many rows; else all.
 
     Returns:
         The middle of the grid where nothing was tuned.
     """
     tuned, grid = methods[name].tuned_as or name, methods[name].grid
-    for runs in ([run for run in finished if run["settings"]["rows"] == rows], finished):
+    as_many = [run for run in finished if run["settings"]["rows"] == rows]
+    alike = [run for run in as_many if run["settings"].get("frozen_layers") == frozen_layers]
+    for runs in (alike, as_many, finished):
         table = tuning(runs)
         if tuned in table.index:
             return float(table.loc[tuned].mean(axis=1).idxmin())
