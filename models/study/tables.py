@@ -29,15 +29,15 @@ def chosen(finished: Sequence[Mapping], name: str, methods: Mapping, rows: int, 
         finished: runs.
         name: of the method.
         methods: by name.
-        rows, frozen_layers: what it will be trained on. Runs tuned with the same count alone, if there are any of the
-            method; else those with as many rows; else all.
+        rows, frozen_layers: of the run to come. Runs of the method that were tuned with both count alone, if there are
+            any; else those with as many rows; else all.
 
     Returns:
         The middle of the grid where nothing was tuned.
     """
     tuned, grid = methods[name].tuned_as or name, methods[name].grid
     as_many = [run for run in finished if run["settings"]["rows"] == rows]
-    alike = [run for run in as_many if run["settings"].get("frozen_layers") == frozen_layers]
+    alike = [run for run in as_many if run["settings"]["frozen_layers"] == frozen_layers]
     for runs in (alike, as_many, finished):
         table = tuning(runs)
         if tuned in table.index:
