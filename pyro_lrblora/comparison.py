@@ -60,7 +60,7 @@ def compare(
         evidence_draws: S of ELBO and LOO; k-hat needs at least 25.
         bins: of the ECE, equal width.
         seed: of the draws.
-        progress: show a progress bar over the posteriors, where there are several.
+        progress: show a progress bar over the posteriors, where there are several, and over long passes over the data.
         tokenizer: for a datasets.Dataset, where a model has none.
 
     Returns:
@@ -94,11 +94,13 @@ def compare(
         if unlike(posterior.settings.get("fitted_with", {}), identity):
             notes.setdefault(_OTHER_ROWS, []).append(name)
         evidence = (
-            _evidence(name, posterior, batches["train"], evidence_draws, seed, notes) if train is not None else {}
+            _evidence(name, posterior, batches["train"], evidence_draws, seed, notes, progress)
+            if train is not None
+            else {}
         )
         for label, at in _versions(name, posterior, notes):
             begun = time.perf_counter()
-            how = {"draws": 1 if posterior.is_point else draws, "seed": seed}
+            how = {"draws": 1 if posterior.is_point else draws, "seed": seed, "progress": progress}
             how |= {"at": "mean"} if at == "mean" else {"method": at} if at else {}
             found = {"test": predict(posterior, batches["test"], **how)}
             seconds = 1000 * (time.perf_counter() - begun) / batches["test"].rows
@@ -245,17 +247,17 @@ def _scores(predictions: Mapping, bins: int) -> dict[str, float]:
 
 
 def _evidence(
-    name: str, posterior: Posterior, train, draws: int, seed: int, notes: dict[str, list[str]]
+    name: str, posterior: Posterior, train, draws: int, seed: int, notes: dict[str, list[str]], progress: bool
 ) -> dict[str, float]:
     reason, row = why_no_density(posterior), {}
     if isinstance(posterior.guide, DrawsGuide):
         notes.setdefault("no ELBO: stored draws have no density", []).append(name)
-        loo = psis_loo(posterior, train, draws, seed)
+        loo = psis_loo(posterior, train, draws, seed, progress=progress)
     elif reason:
         notes.setdefault(f"no ELBO or LOO: {reason}", []).append(name)
         return {}
     else:
-        pieces = importance(posterior, train, draws, seed)
+        pieces = importance(posterior, train, draws, seed, progress=progress)
         elbo, loo = pieces.elbo, pieces.loo
         row = {"ELBO per row": elbo.value / train.rows, "ELBO per row SE": elbo.standard_error / train.rows}
     if posterior.model.point_head is not None:

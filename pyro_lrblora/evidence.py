@@ -16,6 +16,7 @@ from .data import as_batches
 from .guides.draws import DrawsGuide
 from .guides.ensemble import EnsembleGuide
 from .metrics import standard_error
+from .passes import watched
 from .posterior import Posterior, local_parameters
 from .predictive import folding, outputs_at
 
@@ -218,7 +219,7 @@ def importance(posterior: Posterior, train, draws: int = 50, seed: int = 0, **op
     Args:
         posterior, train, draws, seed: as for elbo.
         options: batch_size=64, rows per forward, and tokenizer=, both for a datasets.Dataset; precision="fp32",
-            "bf16" or "fp16", of the network; fold=, draws per forward, as for predict.
+            "bf16" or "fp16", of the network; fold=, draws per forward, and progress=, as for predict.
 
     Raises:
         TypeError, ValueError: as elbo.
@@ -266,7 +267,15 @@ def check_fitted_rows(posterior: Posterior, batches) -> None:
 @local_parameters
 @torch.no_grad()
 def _drawn(
-    posterior: Posterior, train, draws: int, seed: int, batch_size=64, precision="fp32", fold=None, tokenizer=None
+    posterior: Posterior,
+    train,
+    draws: int,
+    seed: int,
+    batch_size: int = 64,
+    precision: str = "fp32",
+    fold: int | None = None,
+    progress: bool = True,
+    tokenizer=None,
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Draws of every site, and the log likelihood of every row at each, (S, N) in the data's own order."""
     if draws < 1:
@@ -277,7 +286,7 @@ def _drawn(
     values, head = posterior.sample(draws, seed=seed), posterior.head()
     parts = []
     with model.attached(precision, dropout=False):
-        for batch in batches:
+        for batch in watched(batches, "evidence", progress):
             batch = model.to_device(batch)
             parts.append(_log_likelihood(model, batch, values, head, folding(model, batch, values, fold)))
     log_likelihood = torch.empty_like(joined := torch.cat(parts, dim=1))

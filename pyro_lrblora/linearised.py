@@ -9,9 +9,10 @@ from torch import Tensor
 
 from .data import batch_rows
 from .likelihoods import class_logits
+from .passes import watched
 
 
-def logit_moments(posterior, batches, precision: str = "fp32") -> tuple[Tensor, Tensor]:
+def logit_moments(posterior, batches, precision: str = "fp32", progress: bool = False) -> tuple[Tensor, Tensor]:
     """Mean (N, C) and covariance (N, C, C) of the logits of the network linearised at the posterior mean.
 
     One forward and C backward passes per batch: with a copy of the latents per row, a row's Jacobian J (C, D) is the
@@ -21,6 +22,7 @@ def logit_moments(posterior, batches, precision: str = "fp32") -> tuple[Tensor, 
         posterior: Gaussian, or made of stored draws.
         batches: what as_batches returned; labels are optional.
         precision: of the network, "fp32", "bf16" or "fp16".
+        progress: show a progress bar once two seconds have passed.
 
     Raises:
         TypeError: the posterior has no covariance in closed form, or the labels are not classes.
@@ -34,7 +36,7 @@ def logit_moments(posterior, batches, precision: str = "fp32") -> tuple[Tensor, 
     mean, head = posterior.mean(), posterior.head()
     loc = model.sites.join(mean)
     means, covariances = [], []
-    for batch in batches:
+    for batch in watched(batches, "predict", progress):
         batch = model.to_device({k: v for k, v in batch.items() if k != "labels"})
         rows = batch_rows(batch)
         latents = loc.expand(rows, -1).clone().requires_grad_()

@@ -12,6 +12,7 @@ from .context import check_context
 from .data import Batch, as_batches, batch_rows, check_class_order
 from .likelihoods import check_classes, prediction, summary
 from .linearised import draw_logits, logit_moments, probit_logits
+from .passes import watched
 from .posterior import Posterior, local_parameters
 from .predictions import NumberPrediction, Prediction, TokenPrediction
 
@@ -33,6 +34,7 @@ def predict(
     batch_size: int = 64,
     precision: str = "fp32",
     fold: int | None = None,
+    progress: bool = True,
     tokenizer=None,
 ) -> Prediction | NumberPrediction | TokenPrediction:
     """Predict with S draws from the posterior, at its mean, or with the network linearised there.
@@ -55,6 +57,7 @@ def predict(
         precision: "fp32", "bf16" or "fp16".
         fold: draws per forward, folded into the batch's rows. None is one at a time on a CPU, where that is faster, and
             up to 512 rows together elsewhere.
+        progress: show a progress bar once two seconds have passed.
         tokenizer: for a datasets.Dataset, where the model has none.
 
     Returns:
@@ -79,18 +82,24 @@ def predict(
     if batches.labels is not None:
         check_class_order(model._class_names, batches.class_names, "data")
     if method != "monte_carlo":
-        moments = logit_moments(posterior, batches, precision)
+        moments = logit_moments(posterior, batches, precision, progress)
         logits = probit_logits(*moments) if method == "probit" else draw_logits(*moments, draws, seed)
         return Prediction(logits, batches.labels, model.class_names)
     if at == "mean":
         values = {name: value.unsqueeze(0) for name, value in posterior.mean().items()}
     else:
         values = posterior.sample(draws, seed=seed, antithetic=antithetic)
-    return predict_at(model, batches, values, posterior.head(), precision, fold)
+    return predict_at(model, batches, values, posterior.head(), precision, fold, progress)
 
 
 def predict_at(
-    model, batches, values: Mapping[str, Tensor], head: Mapping[str, Tensor], precision: str = "fp32", fold=None
+    model,
+    batches,
+    values: Mapping[str, Tensor],
+    head: Mapping[str, Tensor],
+    precision: str = "fp32",
+    fold: int | None = None,
+    progress: bool = False,
 ) -> Prediction | NumberPrediction | TokenPrediction:
     """Predict with given draws, whatever they were drawn from.
 
@@ -100,11 +109,11 @@ def predict_at(
         values: by site, (S, site shape), the parameters of a Bayesian head among them.
         head: what model.head_values returned.
         precision: "fp32", "bf16" or "fp16".
-        fold: draws per forward, see `predict`.
+        fold, progress: see `predict`.
     """
     parts = []
     with model.attached(precision, dropout=False):
-        for batch in batches:
+        for batch in watched(batches, "predict", progress):
             batch = model.to_device(batch)
             parts.append(_summaries(model, batch, values, head, folding(model, batch, values, fold)))
     order = torch.as_tensor(batches.order)

@@ -54,6 +54,7 @@ def diagnose(
     evidence_draws: int = 100,
     bins: int = 15,
     seed: int = 0,
+    progress: bool = True,
     tokenizer=None,
 ) -> Diagnosis:
     """Check a posterior from its training to its predictions, and say what each number means and what to do.
@@ -77,6 +78,7 @@ def diagnose(
         evidence_draws: S of ELBO and LOO.
         bins: of the ECE.
         seed: of all draws.
+        progress: show a progress bar over each pass over the data that takes more than two seconds.
         tokenizer: for a datasets.Dataset, where the model has none.
 
     Returns:
@@ -106,9 +108,9 @@ def diagnose(
         findings["gradient"] = gradient_noise(posterior, train, gradient_batches, seed, tokenizer=tokenizer)
     missing = {}
     for part in (
-        _evidence(posterior, data.get("train"), evidence_draws, seed),
-        _predictions(posterior, data, draws, bins, seed, votes),
-        _reference(posterior, reference, random, data["test"], seed),
+        _evidence(posterior, data.get("train"), evidence_draws, seed, progress),
+        _predictions(posterior, data, draws, bins, seed, votes, progress),
+        _reference(posterior, reference, random, data["test"], seed, progress),
     ):
         findings |= {name: value for name, value in part.items() if not isinstance(value, str)}
         missing |= {name: value for name, value in part.items() if isinstance(value, str)}
@@ -160,26 +162,26 @@ class Diagnosis:
         return "\n".join([*lines, "", tally])
 
 
-def _evidence(posterior: Posterior, train, draws: int, seed: int) -> dict:
+def _evidence(posterior: Posterior, train, draws: int, seed: int, progress: bool) -> dict:
     if train is None:
         return dict.fromkeys(("importance", "loo"), "no training rows were given: write train=")
     if isinstance(posterior.guide, DrawsGuide):
         reason = "stored draws have no density, and so no ELBO"
-        return {"importance": reason, "loo": psis_loo(posterior, train, draws, seed)}
+        return {"importance": reason, "loo": psis_loo(posterior, train, draws, seed, progress=progress)}
     reason = why_no_density(posterior)
     if reason:
         return dict.fromkeys(("importance", "loo"), reason)
-    pieces = importance(posterior, train, draws, seed)
+    pieces = importance(posterior, train, draws, seed, progress=progress)
     return {"importance": pieces, "loo": pieces.loo}
 
 
-def _predictions(posterior: Posterior, data: Mapping, draws: int, bins: int, seed: int, votes) -> dict:
-    model, how = posterior.model, {"draws": 1 if posterior.is_point else draws, "seed": seed}
+def _predictions(posterior: Posterior, data: Mapping, draws: int, bins: int, seed: int, votes, progress: bool) -> dict:
+    model, how = posterior.model, {"draws": 1 if posterior.is_point else draws, "seed": seed, "progress": progress}
     if not (model.predicts_classes or hasattr(model.likelihood, "prediction")):
         reason = f"the likelihood {model.likelihood!r} does not predict classes, and has no `prediction` of its own"
         return dict.fromkeys(("prediction", "at_mean", *_OF_CLASSES, *([] if votes is None else ["votes"])), reason)
     prediction = predict(posterior, data["test"], **how)
-    parts = {"prediction": prediction, "at_mean": _at_mean(posterior, data["test"])}
+    parts = {"prediction": prediction, "at_mean": _at_mean(posterior, data["test"], progress)}
     if isinstance(prediction, Prediction):
         return parts | _of_classes(posterior, prediction, data, how, bins, votes)
     parts |= dict.fromkeys(_OF_CLASSES, f"this is of class probabilities, and {model.likelihood!r} has none")
@@ -190,16 +192,16 @@ def _predictions(posterior: Posterior, data: Mapping, draws: int, bins: int, see
         parts["intervals"] = intervals(prediction) if known else "the test rows have no labels"
     elif isinstance(prediction, TokenPrediction):
         pretrained = {name: value.unsqueeze(0) for name, value in model.start().items()}
-        parts["at_base"] = predict_at(model, data["test"], pretrained, posterior.head())
+        parts["at_base"] = predict_at(model, data["test"], pretrained, posterior.head(), progress=progress)
     return parts
 
 
-def _at_mean(posterior: Posterior, test):
+def _at_mean(posterior: Posterior, test, progress: bool):
     if posterior.is_point:
         return "a point is its own mean"
     if isinstance(posterior.guide, EnsembleGuide | MixtureGuide):
         return "the mean of several modes is none of them"
-    return predict(posterior, test, at="mean")
+    return predict(posterior, test, at="mean", progress=progress)
 
 
 def _of_classes(posterior: Posterior, prediction: Prediction, data: Mapping, how: Mapping, bins: int, votes) -> dict:
@@ -228,11 +230,13 @@ def _of_classes(posterior: Posterior, prediction: Prediction, data: Mapping, how
     return parts
 
 
-def _reference(posterior: Posterior, reference: Posterior | None, random: Posterior | None, test, seed: int) -> dict:
+def _reference(
+    posterior: Posterior, reference: Posterior | None, random: Posterior | None, test, seed: int, progress: bool
+) -> dict:
     if reference is None:
         reason = "no reference posterior was given: write reference=lb.infer.nuts(...) where D allows"
         return dict.fromkeys(("reference", "low_rank"), reason)
-    parts = {"reference": against_reference(posterior, reference, test, seed=seed)}
+    parts = {"reference": against_reference(posterior, reference, test, seed=seed, progress=progress)}
     if "r_hat" in reference.settings:
         parts["reference_r_hat"] = float(reference.settings["r_hat"])
     try:

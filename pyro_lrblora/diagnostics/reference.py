@@ -18,7 +18,13 @@ _LEAST = 8  # draws: a floor comes from quarters of them, and a correlation take
 
 
 def against_reference(
-    posterior: Posterior, reference: Posterior, data=None, draws: int = 1000, projections: int = 100, seed: int = 0
+    posterior: Posterior,
+    reference: Posterior,
+    data=None,
+    draws: int = 1000,
+    projections: int = 100,
+    seed: int = 0,
+    progress: bool = True,
 ) -> AgainstReference:
     """A posterior beside one that is better known (converged NUTS, an exact one), in units of the reference's sds.
 
@@ -34,6 +40,7 @@ def against_reference(
         draws: S of each, an even number of at least 8; never more than either has stored.
         projections: random directions of the sliced Wasserstein distance.
         seed: of draws and directions.
+        progress: show a progress bar where predicting takes more than two seconds.
 
     Raises:
         ValueError: another subspace, another head, a reference without spread, fewer than 8 draws, no projections.
@@ -44,7 +51,7 @@ def against_reference(
     if draws < _LEAST:
         raise ValueError(f"expected draws >= {_LEAST} of both posteriors, got {draws}")
     # Two seeds: draws that share their noise would look more alike than they are.
-    ours, theirs = (_Draws.of(p, data, draws, s) for p, s in ((posterior, seed + 1), (reference, seed)))
+    ours, theirs = (_Draws.of(p, data, draws, s, progress) for p, s in ((posterior, seed + 1), (reference, seed)))
     varies = _varies(theirs.latents)
     if not varies.any():
         raise ValueError("expected a reference whose latents vary, got one whose draws are all the same")
@@ -108,12 +115,12 @@ class _Draws:
     probs: Tensor | None  # (halves, N, C), each half's mean over its draws
 
     @staticmethod
-    def of(posterior: Posterior, data, draws: int, seed: int) -> _Draws:
+    def of(posterior: Posterior, data, draws: int, seed: int, progress: bool) -> _Draws:
         model = posterior.model
         latents = model.sites.join(posterior.sample(draws, seed=seed)).double().cpu()
         if data is None or not model.predicts_classes:
             return _Draws(latents, None)
-        logits = predict(posterior, data, draws=draws, seed=seed, antithetic=False).logits
+        logits = predict(posterior, data, draws=draws, seed=seed, antithetic=False, progress=progress).logits
         return _Draws(latents, logits.softmax(-1).unflatten(0, (2, -1)).mean(1))
 
     def halves(self) -> tuple[_Draws, _Draws]:

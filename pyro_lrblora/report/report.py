@@ -43,7 +43,7 @@ def report(
         gradient_batches, draws, evidence_draws, seed, tokenizer: likewise; the evidence of the others is left out.
         path: ends in .html for one self-contained file, or in .md for Markdown with its pictures in a folder beside it.
         title: of the page.
-        progress: show the comparison's progress bar.
+        progress: show progress bars.
 
     Returns:
         What was written, with the diagnosis and the comparison that its numbers come from.
@@ -62,7 +62,7 @@ def report(
     diagnosis = diagnose(
         posterior, test, train=train, validation=validation, outside=outside, reference=reference, random=random,
         votes=votes, gradient_batches=gradient_batches, draws=draws, evidence_draws=evidence_draws, seed=seed,
-        tokenizer=tokenizer,
+        progress=progress, tokenizer=tokenizer,
     )  # fmt: skip
     predicted = diagnosis.findings.prediction
     labelled = predicted is not None and predicted.labels is not None
