@@ -6,6 +6,8 @@ from contextlib import suppress
 
 from torch import nn
 
+from .positions import offset_positions
+
 
 def context_length(network: nn.Module) -> int | None:
     """The most tokens that a row of a transformers network may have; None where its config sets no such limit.
@@ -23,11 +25,9 @@ def context_length(network: nn.Module) -> int | None:
     # XLNet says -1.
     if endless or not isinstance(limit, int) or limit < 1:
         return None
-    for name, module in network.named_modules():
-        # RoBERTa and its like count positions from the padding token's place on.
-        table = name.endswith("position_embeddings") and isinstance(module, nn.Embedding)
-        if table and module.padding_idx is not None and module.num_embeddings == limit:
-            return limit - module.padding_idx - 1
+    table = offset_positions(network)
+    if table is not None and table.num_embeddings == limit:
+        return limit - table.padding_idx - 1
     return max(limit, _scaled(config, limit))
 
 

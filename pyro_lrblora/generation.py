@@ -96,9 +96,10 @@ def generate(
     new = sequences[:, -len(step.entropy) :]
     ends = options.get("eos_token_id", network.generation_config.eos_token_id)
     written = _before_the_end(new, ends)
-    texts = (
-        None if tokenizer is None else tokenizer.batch_decode(new.where(written, pad or 0), skip_special_tokens=True)
-    )
+    texts = None
+    if tokenizer is not None:
+        own = zip(new, written, strict=True)
+        texts = [tokenizer.decode(row[kept], skip_special_tokens=True) for row, kept in own]
     of = lambda values: torch.stack(values, dim=1).cpu() * written
     return Generation(sequences, texts, written, of(step.log_probs), of(step.entropy), of(step.data_entropy))
 

@@ -9,9 +9,19 @@ from torch import Tensor, nn
 
 
 def takes_positions(network: nn.Module) -> bool:
-    """Whether it is causal and can be told positions: encoders such as RoBERTa count theirs in ways of their own."""
+    """Whether it is causal and can be told positions that count from 0."""
     causal = [module.is_causal for module in network.modules() if hasattr(module, "is_causal")]
-    return bool(causal) and all(causal) and "position_ids" in inspect.signature(network.forward).parameters
+    told = bool(causal) and all(causal) and "position_ids" in inspect.signature(network.forward).parameters
+    return told and offset_positions(network) is None
+
+
+def offset_positions(network: nn.Module) -> nn.Embedding | None:
+    """The embedding of positions that RoBERTa and its like count, by themselves, from the padding token's place on."""
+    for name, module in network.named_modules():
+        table = name.endswith("position_embeddings") and isinstance(module, nn.Embedding)
+        if table and module.padding_idx is not None:
+            return module
+    return None
 
 
 def positions(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:

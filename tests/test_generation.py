@@ -118,6 +118,18 @@ def test_what_follows_the_end_of_a_text_does_not_count():
     assert found.sequence_entropy[0].item() == pytest.approx(found.entropy[0].sum().item() / (first + 1), rel=1e-5)
 
 
+def test_nothing_is_written_after_the_end_where_there_is_no_padding_token():
+    posterior, tokenizer = wide_posterior(tiny_llama()), tiny_tokenizer(pad=False)
+    posterior.model.network.generation_config.pad_token_id = None
+    free = lb.generate(posterior, "good film", draws=2, max_new_tokens=6, tokenizer=tokenizer)
+    end = int(free.sequences[0, 4])
+    found = lb.generate(
+        posterior, ["good film", "bad plot"], draws=2, max_new_tokens=6, eos_token_id=end, tokenizer=tokenizer
+    )
+    for text, row, written in zip(found.texts, found.sequences[:, 2:], found.written, strict=True):
+        assert text == tokenizer.decode(row[written], skip_special_tokens=True)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -13,6 +13,7 @@ import pyro_lrblora as lb
 from pyro_lrblora.likelihoods import label_site
 from pyro_lrblora.likelihoods.multiple_choice import letter_tokens
 from pyro_lrblora.networks import AnswerScorer, MeanPoolClassifier
+from pyro_lrblora.probe import choose_scale, linear_probe
 
 WORDS = ["good", "bad", "film", "the", "was", "plot", "very", "not", "great", "dull"]
 
@@ -73,6 +74,7 @@ def test_next_token_is_the_loss_of_transformers(prompt, side):
     posterior = lb.fit(model, batches, steps=1, rates=lb.Rates(0, 0, 0, 0), guide=lb.guides.Delta(), progress=False)
     found = lb.predict(posterior, batches, draws=1)
     losses, tokens = 0.0, 0
+    tokenizer.padding_side = "right"  # where transformers' loss scores no token that stands behind padding
     for batch in batches:
         scored = int((batch["labels"][:, 1:] != -100).sum())
         with torch.no_grad():
@@ -81,6 +83,50 @@ def test_next_token_is_the_loss_of_transformers(prompt, side):
     assert found.nll == pytest.approx(losses / tokens, abs=1e-5)
     assert int(found.scored.sum()) == tokens
     assert found.log_likelihood.sum().item() == pytest.approx(-losses, rel=1e-5)
+
+
+def test_a_rows_likelihood_does_not_depend_on_its_padding():
+    model = lb.BayesianLoRA(tiny_llama(), lb.LoRAXS(2), likelihood=lb.likelihoods.NextToken(), size=1)
+    found = []
+    for pad in (0, 1, 3):
+        ids = torch.tensor([[0] * pad + [3, 5, 6, 7]])
+        batch = {"input_ids": ids, "attention_mask": (ids > 0).long(), "labels": ids.where(ids > 0, -100)}
+        found.append(model.log_likelihood(model.outputs(batch, model.start(), {}), batch).item())
+    assert found == pytest.approx(3 * found[:1], abs=1e-5)
+
+
+def test_a_causal_roberta_counts_its_own_positions():
+    torch.manual_seed(0)
+    config = transformers.RobertaConfig(
+        vocab_size=12, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24,
+        max_position_embeddings=34, is_decoder=True, pad_token_id=1, initializer_range=0.3,
+    )  # fmt: skip
+    network = transformers.RobertaForCausalLM(config).eval()
+    ids = torch.randint(2, 12, (2, 6))
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    model = lb.BayesianLoRA(network, lb.LoRAXS(2), likelihood=lb.likelihoods.NextToken())
+    with torch.no_grad():
+        expected = network(**batch).logits
+        assert torch.equal(model.outputs(batch, model.start(), {}).logits, expected)
+        tokens = expected[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
+        one = {name: value[None] for name, value in batch.items()}
+        scores = AnswerScorer(network)(**one, answer_mask=one["attention_mask"]).logits
+    torch.testing.assert_close(scores[0], tokens.sum(-1))
+
+
+def test_a_decoder_without_inputs_of_its_own_is_refused():
+    torch.manual_seed(0)
+    config = transformers.BartConfig(
+        vocab_size=12, d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
+        decoder_attention_heads=2, encoder_ffn_dim=24, decoder_ffn_dim=24, max_position_embeddings=32, pad_token_id=0,
+        bos_token_id=2, eos_token_id=3, decoder_start_token_id=3, forced_eos_token_id=None,
+    )  # fmt: skip
+    network = transformers.BartForConditionalGeneration(config).eval()
+    ids = torch.randint(4, 12, (4, 6))
+    batches = [{"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}]
+    model = lb.BayesianLoRA(network, lb.LoRAXS(2), likelihood=lb.likelihoods.NextToken())
+    with pytest.raises(ValueError, match="decoder_input_ids"):
+        lb.fit(model, batches, steps=1, progress=False)
 
 
 def test_prompts_are_read_and_not_scored():
@@ -349,6 +395,18 @@ def test_heteroscedastic_probe_finds_mean_and_noise():
     found = lb.predict(posterior, data, draws=1)
     assert found.scale.mean().item() == pytest.approx(0.5, abs=0.1)
     assert (found.mean - labels).square().mean().sqrt().item() < 0.6
+
+
+@pytest.mark.parametrize("rows", [6, 7, 11])
+def test_the_scale_of_a_probe_of_few_numbers_is_cross_validated(rows):
+    """Fewer rows than features can be fitted without any noise, which held-out rows tell."""
+    torch.manual_seed(rows)
+    features, labels = torch.randn(rows, 32).double(), torch.randn(rows).double()
+    likelihood = lb.likelihoods.Gaussian()
+    scale = choose_scale(features, labels, 2, True, likelihood)
+    weight, offset = linear_probe(features, labels, 2, scale, True, likelihood)
+    noise = (features.float() @ weight.T + offset)[:, 1].exp()
+    assert noise.min() > 0.05
 
 
 def test_bad_numbers_are_refused():

@@ -20,7 +20,7 @@ class NextToken:
 
     Labels are aligned with input_ids, as in transformers; -100 marks tokens that are not scored (padding, a prompt).
     The shift by one is made here, except where the batch has decoder_input_ids (sequence to sequence), which are
-    shifted already.
+    shifted already. A row's first token, behind padding on the left, is not scored: nothing comes before it.
     """
 
     def __call__(self, outputs, batch: Mapping[str, Tensor]) -> Tensor:
@@ -68,4 +68,14 @@ class NextToken:
         logits, labels = check_finite(logits_of(outputs)), batch.get("labels")
         if "decoder_input_ids" in batch:
             return logits, labels
-        return logits[:, :-1], None if labels is None else labels[:, 1:].to(logits.device)
+        if getattr(outputs, "encoder_last_hidden_state", None) is not None:
+            raise ValueError(
+                "expected decoder_input_ids in the batches of a sequence-to-sequence network, got "
+                f"{sorted(batch)}; write lb.data.Texts(..., prompt=..., decoder=network)"
+            )
+        if labels is None:
+            return logits[:, :-1], None
+        targets, mask = labels[:, 1:].to(logits.device), batch.get("attention_mask")
+        if mask is not None and mask.shape == labels.shape:
+            targets = targets.masked_fill(mask[:, :-1].to(logits.device) == 0, IGNORED)
+        return logits[:, :-1], targets
