@@ -7,11 +7,12 @@ import importlib.util
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoModel, AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoTokenizer
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from .positions import positions
+from .positions import positions, takes_positions
 
 _MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 
@@ -68,6 +69,7 @@ class AnswerScorer(nn.Module):
     def __init__(self, language_model: nn.Module, per_token: bool = False):
         super().__init__()
         self.language_model, self.per_token = language_model, per_token
+        self._takes_positions = takes_positions(language_model)
 
     @property
     def base_model(self) -> nn.Module:
@@ -89,8 +91,8 @@ class AnswerScorer(nn.Module):
         """Scores of choices whose tokens are input_ids (B, C, T), answer_mask being 1 where they are the answer's."""
         flat = {name: value.flatten(0, 1) for name, value in inputs.items()}
         ids, mask = input_ids.flatten(0, 1), attention_mask.flatten(0, 1)
-        # Given explicitly, since padding on the left would shift them.
-        flat |= positions({"attention_mask": mask})
+        if self._takes_positions:  # padding on the left would shift them
+            flat |= positions({"attention_mask": mask})
         outputs = self.language_model(input_ids=ids, attention_mask=mask, **flat)
         log_probs = outputs.logits[:, :-1].float().log_softmax(-1)
         answer = answer_mask.flatten(0, 1)[:, 1:].to(log_probs.device)
@@ -114,6 +116,11 @@ def builtin_base(num_labels: int = 2) -> tuple[MeanPoolClassifier, object]:
     digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
     if digest != _MINILM_SHA256:
         raise ValueError(f"expected MiniLM weights with sha256 {_MINILM_SHA256}, got {digest} in {folder}")
-    # Without BERT's pooler, which mean pooling does not read.
-    encoder = AutoModel.from_pretrained(folder, dtype=torch.float32, local_files_only=True, add_pooling_layer=False)
-    return MeanPoolClassifier(encoder, num_labels), AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    with torch.random.fork_rng():  # of weights that are replaced at once
+        encoder = AutoModel.from_config(config, dtype=torch.float32, add_pooling_layer=False)
+    # Not by from_pretrained, which would report BERT's pooler, that mean pooling does not read, as a mistake.
+    weights = load_file(folder / "model.safetensors")
+    encoder.load_state_dict({name: weights[name] for name in encoder.state_dict()})
+    network = MeanPoolClassifier(encoder.eval(), num_labels)
+    return network, AutoTokenizer.from_pretrained(folder, local_files_only=True)
