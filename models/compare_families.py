@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 from pyro.infer import autoguide
-from sequence_classification import load_base, load_splits
+from sequence_classification import count_classes, load_base, load_splits
 
 import pyro_lrblora as lb
 from pyro_lrblora.reviews import reviews
@@ -90,7 +90,7 @@ def main() -> None:
         train, validation, test = (reviews(n, seed=10 * args.seed + k) for k, n in enumerate(sizes, 1))
     else:
         train, validation, test = load_splits(args.data, *sizes, args.seed)
-    network, tokenizer = load_base(args.base, max(train["label"]) + 1, args.mean_pool, args.dtype)
+    network, tokenizer = load_base(args.base, count_classes(train, validation, test), args.mean_pool, args.dtype)
     grid = Grid(args, families, network.to(args.device), tokenizer, train)
     posteriors, failed = {}, {}
     for name in dict.fromkeys(names):
@@ -232,13 +232,14 @@ class Grid:
             where = {"rank": args.rank, "targets": args.targets, "layers": args.layers}
             adapter = lb.LoRA(**where) if lora else lb.LoRAXS(projection=PROJECTIONS[args.projection], **where)
 
+            new = lb.BayesianLoRA(self.network, adapter, head=args.head, tokenizer=self.tokenizer)
+
             def start() -> lb.Posterior:
-                model = lb.BayesianLoRA(self.network, adapter, head=args.head, tokenizer=self.tokenizer)
-                model = model.prepare(self.train, seed=args.seed)
+                model = new.prepare(self.train, seed=args.seed)
                 return lb.Posterior(model, lb.guides.Delta()(model), lb.guides.Delta())
 
             kept = self._kept("start-lora" if lora else "start-lora-xs", self._settings(lora), start)
-            model = kept.model.prepare(self.train)  # keeps the subspace; the head's probe is cheap
+            model = new.in_subspace_of(kept.model).prepare(self.train)  # the head's probe is cheap
             scale = args.lora_prior_scale if lora else args.prior_scale
             self._models[lora] = model.with_prior(prior_of(args.prior, scale, model))
         return self._models[lora]

@@ -97,7 +97,9 @@ class BayesianLoRA:
                 stacklevel=2,
             )
         self.prepared = False  # whether `prepare` has seen the training data
-        self._adapted, self._mixing = None, None  # the latter is what mixing_modules found
+        self._adapted, self._unprepared = None, None  # its subspace; until `prepare`, one that needs no data
+        self._mixing = None  # what mixing_modules found
+        self._head_scale_given = head_scale is not None
         self._learned_scale: LearnedScale | None = None
         self._attachment: Attachment | None = None
         self._precision = "fp32"
@@ -118,13 +120,15 @@ class BayesianLoRA:
     @property
     def adapted(self):
         """The adapter bound to this network; computed at first use where its projection needs no data."""
-        if self._adapted is None:
-            if self.adapter.statistics is not None:
-                raise ValueError(
-                    f"expected a prepared model: {self.adapter} looks at data; write model = model.prepare(train)"
-                )
-            self._adapted = self.adapter.bind(self.modules, {}, torch.Generator().manual_seed(0))
-        return self._adapted
+        if self._adapted is not None:
+            return self._adapted
+        if self.adapter.statistics is not None:
+            raise ValueError(
+                f"expected a prepared model: {self.adapter} looks at data; write model = model.prepare(train)"
+            )
+        if self._unprepared is None:
+            self._unprepared = self.adapter.bind(self.modules, {}, torch.Generator().manual_seed(0))
+        return self._unprepared
 
     @property
     def sites(self):

@@ -22,7 +22,8 @@ def prepare(
     """A copy that knows N, the probed head and the subspace, so that several fits share them.
 
     Args:
-        model: left as it is.
+        model: left as it is. A prepared one is prepared anew, one that is in another's subspace (in_subspace_of, a
+            loaded posterior's) stays in it.
         train: the training data.
         tokenizer: for a datasets.Dataset, where the model has none.
         probe: fit the head's output layer as a linear probe on the pretrained network first.
@@ -45,8 +46,10 @@ def prepare(
         check_cache(model)
     new = model._copy(size=batches.rows, tokenizer=tokenizer, _class_names=batches.class_names, prepared=True)
     if probe and model.head in ("point", "bayesian") and model.head_start:
+        if not model._head_scale_given:
+            new.head_scale = None
         start, new.head_scale = probe_head(new, batches)
         new._set_head(model.head, start)
-    if model._adapted is None:
+    if model._adapted is None or model.prepared:
         new._adapted = bind(new, batches, seed) if cache is None else bind_cached(cache, new, batches, seed)
     return new

@@ -208,6 +208,26 @@ def test_prior_scale_must_be_positive(prior, scale):
         prior(scale=scale)
 
 
+@pytest.mark.parametrize("projection", [lb.projections.Gradient(), lb.projections.Random()], ids=repr)
+def test_a_prepared_model_is_prepared_anew(projection):
+    """Folds of a cross-validation must not share what the first one has seen."""
+    first, second = token_batches(seed=0), token_batches(seed=1)
+    model = lb.BayesianLoRA(tiny_bert(), lb.LoRAXS(2, projection))
+    again, fresh = model.prepare(first).prepare(second, seed=3), model.prepare(second, seed=3)
+    assert again.head_scale == fresh.head_scale
+    for found, expected in ((again.adapted.tensors(), fresh.adapted.tensors()), (again.head_start, fresh.head_start)):
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+    kept = model.in_subspace_of(fresh).prepare(first)
+    assert all(torch.equal(kept.adapted.tensors()[name], value) for name, value in fresh.adapted.tensors().items())
+
+
+def test_looking_at_a_model_does_not_decide_its_subspace():
+    model, seen = (lb.BayesianLoRA(tiny_bert(), lb.LoRAXS(2, lb.projections.Random())) for _ in range(2))
+    assert seen.sites.size == 32
+    expected, found = (each.prepare(token_batches(), seed=5).adapted.tensors() for each in (model, seen))
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
 def test_prior_that_forgets_a_site():
     model = lb.BayesianLoRA(tiny_bert(), prior=lambda shapes: {}, size=8)
     with pytest.raises(KeyError, match="expected the prior to return every latent site"):
