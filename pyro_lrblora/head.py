@@ -48,13 +48,14 @@ def head_parameters(network: nn.Module, modules: Iterable[str] | None = None) ->
     """
     named = dict(network.named_parameters())
     if modules is not None:
-        prefixes = tuple(modules)
-        found = {n: p for n, p in named.items() if any(n == m or n.startswith(m + ".") for m in prefixes)}
-        if not found:
+        holds = lambda module, name: name == module or name.startswith(module + ".")
+        modules = list(modules)
+        idle = [module for module in modules if not any(holds(module, name) for name in named)]
+        if idle or not modules:
             raise ValueError(
-                f"expected head modules among {sorted({n.rpartition('.')[0] for n in named})}, got {list(prefixes)}"
+                f"expected head modules among {sorted({n.rpartition('.')[0] for n in named})}, got {idle or modules}"
             )
-        return found
+        return {name: p for name, p in named.items() if any(holds(module, name) for module in modules)}
     base = getattr(network, "base_model", network)
     if base is network:
         return {}

@@ -177,6 +177,49 @@ def test_no_match_lists_what_could_be_matched():
         find_targets(tiny_bert(), "(")
 
 
+@pytest.mark.parametrize(
+    ("targets", "layers", "idle"), [(["query", "valeu"], None, r"\['valeu'\]"), ("all-linear", [1, 9], r"\[9\]")]
+)
+def test_every_name_and_layer_has_to_match(targets, layers, idle):
+    with pytest.raises(ValueError, match=f"of which {idle} match none"):
+        find_targets(tiny_bert(), targets, layers)
+
+
+def test_a_linear_module_that_is_never_called_is_no_target():
+    """nn.MultiheadAttention reads its out_proj's weight, past any hook."""
+    layer = torch.nn.TransformerEncoderLayer(16, 2, 24)
+    assert list(find_targets(layer, "all-linear")) == ["linear1", "linear2"]
+
+
+def test_updates_are_float32_whatever_the_default_is():
+    model = lb.BayesianLoRA(tiny_bert(), lb.LoRAXS(2, targets="all-linear"))
+    batch = token_batches(16)[0]
+    torch.set_default_dtype(torch.float64)
+    try:
+        posterior = lb.fit(model, [batch], epochs=1, progress=False)
+        assert lb.predict(posterior, [batch], draws=2).logits.isfinite().all()
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_batch_norms_stay_as_they_are_under_dropout():
+    class Network(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.words, self.norm = torch.nn.Embedding(60, 16), torch.nn.BatchNorm1d(16)
+            self.inner, self.classifier = torch.nn.Linear(16, 16), torch.nn.Linear(16, 3)
+
+        def forward(self, input_ids, attention_mask):
+            return self.classifier(self.norm(self.inner(self.words(input_ids).mean(1))))
+
+    torch.manual_seed(0)
+    network = Network()
+    before = state(network)
+    model = lb.BayesianLoRA(network, lb.LoRAXS(2, targets=["inner"]), head_modules=["classifier"], dropout=True)
+    lb.fit(model, token_batches(16), epochs=1, progress=False)
+    assert_same_state(before, state(network))
+
+
 @pytest.mark.parametrize("adapter", [lb.LoRAXS, lb.LoRA])
 @pytest.mark.parametrize("rank", [0, -1, 17])
 def test_rank_that_does_not_fit(adapter, rank):

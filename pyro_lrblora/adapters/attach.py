@@ -26,7 +26,7 @@ class Attachment:
     Args:
         network: the transformer.
         bound: an adapter bound to the network's modules (BoundLoRAXS, BoundLoRA); None for the head alone.
-        dropout: run the network in training mode.
+        dropout: run the network in training mode, but for batch norms, which would change.
 
     Raises:
         RuntimeError: a module already carries an adapter.
@@ -53,7 +53,7 @@ class Attachment:
         gradients = torch.is_grad_enabled()
         checkpointing = checkpointing_modules(modules.values()) if self._bound is not None and gradients else []
         check_checkpointing(checkpointing)
-        self._modes = [(module, module.training) for module in modules.values() if module.training != self._dropout]
+        self._modes = [(m, m.training) for m in modules.values() if m.training != (self._dropout and not _is_norm(m))]
         # By place: an offloaded parameter is another tensor after every forward.
         self._trainable = [
             (module, leaf) for module in modules.values() for leaf, p in module._parameters.items() if _trainable(p)
@@ -72,6 +72,8 @@ class Attachment:
             module._parameters[leaf].requires_grad_(False)
         if self._modes:
             self._network.train(self._dropout)
+            for module in filter(_is_norm, modules.values()):
+                module.eval()
         self._checkpointing = ExitStack()
         if checkpointing and not self._dropout:
             self._checkpointing.enter_context(checkpointing_without_dropout(self._network, checkpointing))
@@ -145,6 +147,11 @@ def merging_pays(module: nn.Module, inputs: Tensor, latent: tuple[Tensor, ...]) 
         return False
     m, n = weight_shape(module)
     return module.weight.dtype in (torch.float32, torch.float64) and inputs.numel() // n * (m + n) > m * n
+
+
+def _is_norm(module: nn.Module) -> bool:
+    """Whether it would write a batch's moments into its buffers while it is in training mode."""
+    return isinstance(module, nn.modules.batchnorm._BatchNorm)
 
 
 def _trainable(parameter: Tensor | None) -> bool:

@@ -163,7 +163,7 @@ class BoundLoRAXS:
     def low_rank_factors(self, module: str, latent: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         """The update W - W0 as a product (m, r) @ (r, n), float32."""
         basis = self.bases[module]
-        return basis.B @ latent[0].to(basis.B.device), basis.A
+        return basis.B @ latent[0].to(basis.B), basis.A
 
     def closest(self, updates: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
         """The latents whose updates are closest to given ones in Frobenius norm, by site; zero where none is.

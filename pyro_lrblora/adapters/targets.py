@@ -92,7 +92,7 @@ def find_targets(
         exclude: dotted names never adapted: the head, the output embedding.
 
     Raises:
-        ValueError: nothing matched; the message lists what could have been.
+        ValueError: nothing matched, or nothing did for one of the names or layers; the message lists what could have.
     """
     if targets is None:
         raise TypeError("expected targets such as 'attention' or a list of names, got None; write 'all-linear' for all")
@@ -101,19 +101,23 @@ def find_targets(
     candidates = {
         name: module
         for name, module in network.named_modules()
-        if isinstance(module, nn.Linear | Conv1D) and name not in exclude
+        if isinstance(module, nn.Linear | Conv1D) and name not in exclude and not _only_read(module)
     }
     found = {
         name: module
         for name, module in candidates.items()
         if _matches(name, targets) and (layers is None or _layer(name) in layers)
     }
-    if not found:
+    listed = [] if isinstance(targets, str) else targets
+    idle = [target for target in listed if not any(_matches(name, [target]) for name in found)]
+    idle += sorted(set(layers or ()) - {_layer(name) for name in found})
+    if idle or not found:
         endings = sorted({_LAYER.split(name)[-1] for name in candidates})
         numbers = sorted({_layer(name) for name in candidates} - {None})
         raise ValueError(
-            f"expected targets that match a linear module, got targets={targets!r}, layers={layers!r}; "
-            f"names that can be matched here: {endings}, in layers {numbers}"
+            f"expected targets that match a linear module, got targets={targets!r}, layers={layers!r}"
+            + (f", of which {idle} match none" if idle and found else "")
+            + f"; names that can be matched here: {endings}, in layers {numbers}"
         )
     return found
 
@@ -135,6 +139,11 @@ def check_rank(adapter, modules: Mapping[str, nn.Module]) -> None:
             raise ValueError(
                 f"expected 1 <= rank <= {min(m, n)} for module {name!r} with weight ({m}, {n}), got rank={rank}"
             )
+
+
+def _only_read(module: nn.Module) -> bool:
+    """Whether it is never called: nn.MultiheadAttention reads the weight of its out_proj, past any hook."""
+    return isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)
 
 
 def _matches(name: str, targets: str | Sequence[str]) -> bool:
