@@ -66,10 +66,7 @@ def main() -> None:
         evidence_draws=50, title="Five fits of MiniLM on short reviews",
     )  # fmt: skip
     table = report.comparison
-    predictions = {
-        name: lb.predict(posterior, test, draws=1 if posterior.is_point else args.draws)
-        for name, posterior in posteriors.items()
-    }
+    predictions = {name: lb.predict(posterior, test, draws=args.draws) for name, posterior in posteriors.items()}
     truth = np.array(test["p_true"])
     distance = {name: np.abs(p.probs[:, 1].numpy() - truth).mean() for name, p in predictions.items()}
     table.insert(table.columns.get_loc("NLL"), "|p - p_true|", pd.Series(distance))

@@ -23,6 +23,17 @@ def given(labels: Array | None) -> Array:
     return labels
 
 
+def classes(labels: Array | None, count: int) -> np.ndarray:
+    """The labels (N,) as integers; a ValueError where there are none, or one is not among 0 .. count - 1."""
+    labels = _array(given(labels))
+    if len(labels) and (labels.min() < 0 or labels.max() >= count):
+        raise ValueError(
+            f"expected labels 0..{count - 1}, got {labels.min()}..{labels.max()}; -1 marks rows without a label in "
+            "many data sets: drop them, or the column of labels"
+        )
+    return labels.astype(int)
+
+
 def accuracy(probs: Array, labels: Array) -> float:
     """Share of rows whose most probable class is the label; probs (N, C), labels (N,)."""
     probs, labels = _check(probs, labels)
@@ -208,16 +219,29 @@ def fit_temperature(log_probs: Array, labels: Array) -> float:
     """The temperature T > 0 that minimises the NLL of softmax(log_probs / T) (Guo et al. 2017).
 
     Args:
-        log_probs: (N, C) of *validation* rows, never of the rows that are scored.
+        log_probs: (N, C) of *validation* rows, never of the rows that are scored. Where all of them are right there is
+            no best T, and what returns is as low as the search goes; see separable.
         labels: (N,).
     """
     # Of a probability of zero the logarithm is as good as this one, and has no limits to multiply by.
     scores = torch.as_tensor(np.maximum(_array(log_probs, float), -1e4))
-    labels = torch.as_tensor(_array(labels)).long()
+    labels = torch.as_tensor(classes(labels, scores.shape[-1]))
     # Convex in 1 / T, so with one minimum in its logarithm; bounded, because on separable rows the best T is zero.
     loss = lambda log_inverse: float(torch.nn.functional.cross_entropy(scores * math.exp(log_inverse), labels))
     found = optimize.minimize_scalar(loss, bounds=(-5, 5), method="bounded", options={"xatol": 1e-6})
     return math.exp(-found.x)
+
+
+def separable(log_probs: Array, labels: Array) -> bool:
+    """Whether every row is right: the likelihood then rises without end as the temperature falls, and none is best.
+
+    Args:
+        log_probs: (N, C).
+        labels: (N,).
+    """
+    scores = _array(log_probs, float)
+    own = np.take_along_axis(scores, classes(labels, scores.shape[-1])[:, None], 1)
+    return bool(((scores >= own).sum(-1) == 1).all())
 
 
 def apply_temperature(log_probs: Array, temperature: float) -> np.ndarray:
@@ -280,6 +304,4 @@ def _check(probs: Array, labels: Array) -> tuple[np.ndarray, np.ndarray]:
         raise ValueError(f"expected probs (N, C) and labels (N,) with N >= 1, got {probs.shape} and {labels.shape}")
     if not np.all(np.abs(probs.sum(-1) - 1) < 1e-3) or probs.min() < -1e-6:
         raise ValueError("expected rows of probs to be probabilities that add up to 1; write logits.softmax(-1)")
-    if labels.min() < 0 or labels.max() >= probs.shape[1]:
-        raise ValueError(f"expected labels 0..{probs.shape[1] - 1}, got {labels.min()}..{labels.max()}")
-    return probs, labels.astype(int)
+    return probs, classes(labels, probs.shape[1])

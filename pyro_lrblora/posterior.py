@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
@@ -24,13 +25,18 @@ from .guides.stock import stock_covariance, stock_log_prob
 from .head import FixedHead
 from .model import BayesianLoRA
 
+_PYRO = threading.RLock()  # its effect handlers and settings are the process's, not a thread's
+
 
 def local_parameters(method):
-    """Run under Pyro's module_local_params, so that reading a guide leaves the global param store alone."""
+    """Run under Pyro's module_local_params, so that reading a guide leaves the global param store alone.
+
+    Calls from several threads wait for one another.
+    """
 
     @wraps(method)
     def wrapped(*args, **kwargs):
-        with pyro.settings.context(module_local_params=True):
+        with _PYRO, pyro.settings.context(module_local_params=True):
             return method(*args, **kwargs)
 
     return wrapped
@@ -68,6 +74,19 @@ class Posterior:
     def is_point(self) -> bool:
         """Whether all mass is on one point (a Delta guide), with nothing to average over, and no evidence bound."""
         return isinstance(self.guide, DeltaGuide | AutoDelta)
+
+    def even(self, draws: int) -> int:
+        """So many draws, or what is closest to it from above by which the members of an ensemble count alike.
+
+        Of points one for each is all there is.
+        """
+        if self.is_point:
+            return 1
+        if not isinstance(self.guide, EnsembleGuide):
+            return draws
+        members = self.guide.members
+        points = all(isinstance(member, DeltaGuide | AutoDelta) for member in members)
+        return len(members) if points else -(-draws // len(members)) * len(members)
 
     @property
     def has_bound(self) -> bool:

@@ -44,7 +44,7 @@ def predict(
     Args:
         posterior: what a fit returned.
         data: a datasets.Dataset, Batches, or a re-iterable of batch dicts; labels are optional.
-        draws: S, at least 1.
+        draws: S, at least 1; a point is predicted once.
         at: "mean" predicts once, at the posterior mean.
         method: "monte_carlo" runs the network once per draw; "linearised" once in all and back once per class, and
             draws logits from their normal distribution; "probit" needs no draws beside that (one set of logits). The
@@ -88,7 +88,7 @@ def predict(
     if at == "mean":
         values = {name: value.unsqueeze(0) for name, value in posterior.mean().items()}
     else:
-        values = posterior.sample(draws, seed=seed, antithetic=antithetic)
+        values = posterior.sample(1 if posterior.is_point else draws, seed=seed, antithetic=antithetic)
     return predict_at(model, batches, values, posterior.head(), precision, fold, progress)
 
 

@@ -23,7 +23,7 @@ from .model import BayesianLoRA
 from .posterior import Posterior, local_parameters
 from .provenance import versions
 
-_FORMAT = "pyro_lrblora posterior, version 4"
+_FORMAT = "pyro_lrblora posterior, version 5"
 FILES = ("posterior.json", "posterior.safetensors")
 _TEXT = "A tokenizer's own words: 1,000 naïve films!"
 _PROBES = 16  # values kept of every base parameter, to recognise the base
@@ -61,6 +61,7 @@ def save(posterior: Posterior, folder) -> None:
         "head_scale": model.head_scale,
         "class_names": model.class_names,
         "size": model.size,
+        "dropout": model.dropout,
         "tokens": _tokens(model.tokenizer),
         "history": posterior.history,
         "settings": posterior.settings,
@@ -104,6 +105,7 @@ def load(folder, network: nn.Module, *, tokenizer=None, prior=None, likelihood=N
             "head_modules": _typed(card, "head_modules", list, None),
             "head_scale": _typed(card, "head_scale", float, int, None),
             "size": _typed(card, "size", int, None),
+            "dropout": _typed(card, "dropout", bool),
         }
         class_names, tokens = _typed(card, "class_names", list, None), _typed(card, "tokens", list, None)
         history, settings = _typed(card, "history", list), _typed(card, "settings", dict)
@@ -118,7 +120,7 @@ def load(folder, network: nn.Module, *, tokenizer=None, prior=None, likelihood=N
             f"expected the tokenizer that the posterior in {folder} was fitted with, got a {type(tokenizer).__name__} "
             "that makes other tokens of the same text; load the base's own"
         )
-    model = BayesianLoRA(network, **specs, **options, tokenizer=tokenizer)
+    model = BayesianLoRA(network, **specs, **options, head="frozen", tokenizer=tokenizer)  # until the saved one is in
     model._class_names = class_names
     here = {name: tuple(weight_shape(module)) for name, module in model.modules.items()}
     if shapes != here:

@@ -153,6 +153,15 @@ def test_temperature_never_hurts_the_rows_it_was_fitted_on(rows, classes, seed):
     assert metrics.accuracy(scaled, labels) == metrics.accuracy(probs, labels)
 
 
+@settings(deadline=None, max_examples=30)
+@given(rows=st.integers(1, 40), classes=st.integers(2, 4), seed=st.integers(0, 100))
+def test_rows_are_separable_where_a_lower_temperature_is_always_better(rows, classes, seed):
+    probs, labels = predictions(rows, classes, seed)
+    for known in (labels, probs.argmax(-1)):
+        cold = metrics.nll(metrics.apply_temperature(np.log(probs), 1e-3), known)
+        assert metrics.separable(np.log(probs), known) == (cold < 0.01)
+
+
 def test_bootstrap_covers_the_truth():
     """The 90% interval of the accuracy of a coin with p = 0.8 covers 0.8 about nine times out of ten."""
     covered = 0

@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pyro
@@ -145,6 +146,39 @@ def test_folded_draws_equal_the_loop(guide, adapter):
     posterior = fit(guide, adapter=adapter)
     loop, folded = (lb.predict(posterior, token_batches(), draws=5, fold=fold) for fold in (1, 3))
     torch.testing.assert_close(loop.logits, folded.logits, atol=1e-5, rtol=1e-4)
+
+
+def test_a_point_is_predicted_once():
+    posterior = fit(lb.guides.Delta())
+    found = lb.predict(posterior, token_batches(), draws=32)
+    assert len(found.logits) == 1
+    assert torch.equal(found.logits, lb.predict(posterior, token_batches(), at="mean").logits)
+
+
+def test_labels_that_are_no_classes_are_not_scored():
+    """-1 marks the rows of many test splits; as an index it would be the last class."""
+    batches = [batch | {"labels": torch.full_like(batch["labels"], -1)} for batch in token_batches()]
+    found = lb.predict(fit(lb.guides.Delta()), batches)
+    assert len(found.probs) == 40
+    for scored in (lambda: found.nll, found.losses, lambda: found.log_likelihood, found.scores):
+        with pytest.raises(ValueError, match=r"labels 0\.\.2, got -1\.\.-1; -1 marks rows without a label"):
+            scored()
+
+
+def test_threads_predict_as_one_does():
+    posterior, batches = fit(lb.guides.Diagonal()), token_batches(8)
+    expected = lb.predict(posterior, batches, draws=2).logits
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: lb.predict(posterior, batches, draws=2).logits, range(12)))
+    assert all(torch.equal(logits, expected) for logits in found)
+    assert not pyro.settings.get("module_local_params")
+
+
+def test_a_fit_needs_no_gradients_around_it_and_keeps_its_dropout(tmp_path):
+    with torch.no_grad():
+        posterior = lb.fit(lb.BayesianLoRA(tiny_bert(), lb.LoRAXS(2), dropout=True), token_batches(8), epochs=1)
+    posterior.save(tmp_path)
+    assert lb.Posterior.load(tmp_path, tiny_bert()).model.dropout
 
 
 def test_each_draw_is_one_function():

@@ -49,7 +49,7 @@ def nuts(
         train: a datasets.Dataset, Batches, or a re-iterable of batch dicts, with labels; one batch is made of them.
         draws: S per chain, after warm-up, at least 4.
         warmup: steps per chain in which step size and mass matrix adapt.
-        chains: at least 2, for R-hat to compare different starts.
+        chains: two or more, for R-hat to compare different starts; with one it compares its halves.
         seed: of everything random here.
         init: start around the mean of this posterior, in its subspace.
         target_accept: acceptance probability that the step size is adapted to.

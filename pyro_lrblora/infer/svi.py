@@ -43,6 +43,7 @@ _ROWWISE_ENTRIES = 2**26  # latents of all rows of a batch, above which draws ar
 
 
 @local_parameters
+@torch.enable_grad()
 def svi(
     model: BayesianLoRA,
     train,
@@ -111,13 +112,14 @@ def svi(
         patience: stop after so many epochs without a better validation NLL and go back to the best; None runs all.
         keep_best: go back to the epoch with the best validation NLL at the end, whether or not anything stopped early.
         validation_draws: posterior draws for that NLL.
-        seed: of everything random here.
+        seed: of everything random here. The subspace of a model that is not prepared has seed 0 whatever this is, so
+            that fits with several seeds share it; model.prepare(train, seed=...) for others.
         device: None leaves the network where it is; "cpu", "cuda" or "auto" ("cuda" where there is one) moves it.
             Apple's "mps" has no float64, which the algebra of probes and guides needs.
         precision: "fp32", or "bf16" or "fp16" for autocast in the network alone; guide and loss stay in float32, and
             fp16 scales the loss.
         checkpoint: folder that the fit is written to after every epoch; what this very call left there is gone on with,
-            to the same result (bit for bit on a CPU) as without the break.
+            to the same result (bit for bit on a CPU) as without the break. What a callback stopped goes on too.
         resume_from: the same, but there must be something to go on with.
         callbacks: called after every epoch with the history's last row and the posterior so far, see
             pyro_lrblora.callbacks; a true value stops.
@@ -289,8 +291,7 @@ def _per_row(draws: str, guide, entries: int, dependent: Sequence[str]) -> bool:
 def _validation_nll(posterior: Posterior, batches, draws: int, precision: str, workers: Workers) -> float:
     mine, total, count = workers.share(batches), 0.0, 0
     if mine:
-        how = {"draws": 1 if posterior.is_point else draws, "precision": precision, "progress": False}
-        prediction = predict(posterior, mine, **how)
+        prediction = predict(posterior, mine, draws=draws, precision=precision, progress=False)
         count = prediction.observations
         total = count * prediction.nll
     total, count = workers.sums([total, count], posterior.model.device)
