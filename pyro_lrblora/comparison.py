@@ -6,7 +6,6 @@ import html
 import time
 from collections.abc import Iterable, Iterator, Mapping
 
-import datasets
 import pandas as pd
 from tqdm.auto import tqdm
 
@@ -18,10 +17,11 @@ from .evidence import check_fitted_rows, importance, psis_loo, why_no_density
 from .guides.draws import DrawsGuide
 from .guides.ensemble import EnsembleGuide
 from .guides.mixture import MixtureGuide
+from .infer.chains import R_HAT
 from .posterior import Posterior
 from .predictions import Prediction
 from .predictive import predict
-from .provenance import data_identity, unlike
+from .provenance import other_rows
 
 _EVIDENCE = ["ELBO per row", "ELBO per row SE", "LOO per row", "LOO per row SE", "high k-hat"]
 _COSTS = ["parameters", "head", "total", "of LoRA r=8", "training s", "s/step", "s/1000 predictions"]
@@ -30,6 +30,8 @@ _WITHOUT = {
     "train": "no training NLL, ELBO or LOO, which lb.compare has with train=",
     "validation": "no temperature scaling, which lb.compare has with validation=",
 }
+_SEPARABLE = "no temperature: every validation row is right, so that the best is as low as can be"
+_NOT_CONVERGED = f"chains that have not reached one distribution (R-hat above {R_HAT:g}): these draws are no posterior"
 _OTHER_ROWS = (
     "train= holds other rows than were fitted, or in another order, by their hash: its ELBO and LOO are no evidence"
 )
@@ -56,7 +58,7 @@ def compare(
         train: the rows that were fitted: adds the evidence, and their NLL, far below the test rows' where a fit is
             overconfident.
         validation: the rows the temperature is fitted on: adds the rows ", temperature".
-        draws: S of the predictions.
+        draws: S of the predictions; of an ensemble of points one for each member.
         evidence_draws: S of ELBO and LOO; k-hat needs at least 25.
         bins: of the ECE, equal width.
         seed: of the draws.
@@ -83,16 +85,17 @@ def compare(
     given = {"test": test, "validation": validation, "train": train}
     data = _checked(posteriors, {role: rows for role, rows in given.items() if rows is not None}, tokenizer)
     rows, losses, notes = {}, {}, {note: [] for role, note in _WITHOUT.items() if given[role] is None}
-    # Batches that are made anew at every pass may come in another order.
-    known = isinstance(train, datasets.Dataset | list)
-    identity = data_identity(train, next(iter(data.values()))["train"]) if known else {}
+    if not all(posterior.model.predicts_classes for posterior in posteriors.values()):
+        notes.pop(_WITHOUT["validation"], None)
     silent = not progress or len(posteriors) == 1
     bar = tqdm(posteriors.items(), desc="compare", unit="posterior", leave=False, disable=silent)
     for name, posterior in bar:
         bar.set_postfix_str(name)
         batches = data[name]
-        if unlike(posterior.settings.get("fitted_with", {}), identity):
+        if train is not None and other_rows(posterior.settings, train, batches["train"]):
             notes.setdefault(_OTHER_ROWS, []).append(name)
+        if not posterior.settings.get("r_hat", 1.0) <= R_HAT:
+            notes.setdefault(_NOT_CONVERGED, []).append(name)
         evidence = (
             _evidence(name, posterior, batches["train"], evidence_draws, seed, notes, progress)
             if train is not None
@@ -100,15 +103,18 @@ def compare(
         )
         for label, at in _versions(name, posterior, notes):
             begun = time.perf_counter()
-            how = {"draws": 1 if posterior.is_point else draws, "seed": seed, "progress": progress}
+            how = {"draws": posterior.even(draws), "seed": seed, "progress": progress}
             how |= {"at": "mean"} if at == "mean" else {"method": at} if at else {}
             found = {"test": predict(posterior, batches["test"], **how)}
             seconds = 1000 * (time.perf_counter() - begun) / batches["test"].rows
             found |= {role: predict(posterior, batches[role], **how) for role in batches.keys() - {"test"}}
             costs = _costs(posterior) | {"s/1000 predictions": seconds}
             rows[label], losses[label] = _scores(found, bins) | costs, found["test"].losses()
-            if validation is not None and isinstance(found["test"], Prediction):
-                temperature = metrics.fit_temperature(found["validation"].log_probs, found["validation"].labels)
+            held = found.get("validation")
+            if isinstance(held, Prediction) and metrics.separable(held.log_probs, held.labels):
+                notes.setdefault(_SEPARABLE, []).append(label)
+            elif isinstance(held, Prediction):
+                temperature = metrics.fit_temperature(held.log_probs, held.labels)
                 scaled, row = (
                     {role: each.tempered(temperature) for role, each in found.items()},
                     f"{label}, temperature",
@@ -196,11 +202,11 @@ def check_named(posteriors) -> None:
             )
 
 
-def _checked(posteriors: Mapping[str, Posterior], given: Mapping, tokenizer) -> dict[str, dict]:
-    """The batches of every role for every posterior, all of it checked."""
+def check_comparable(posteriors) -> None:
+    """Raise a TypeError or ValueError unless the posteriors come by name and predict the same kind of thing."""
     check_named(posteriors)
     if not posteriors:
-        raise ValueError("expected at least one posterior, got none")
+        raise ValueError("expected at least one posterior, got none; write {'name': posterior}")
     classes = {name: posterior.model.classes for name, posterior in posteriors.items()}
     if len(set(classes.values())) > 1:
         raise ValueError(f"expected posteriors over the same classes, got these numbers of classes: {classes}")
@@ -212,6 +218,11 @@ def _checked(posteriors: Mapping[str, Posterior], given: Mapping, tokenizer) -> 
         raise ValueError(
             f"expected names that do not end in ', mean', ', linearised' or ', temperature' as rows do, got {taken}"
         )
+
+
+def _checked(posteriors: Mapping[str, Posterior], given: Mapping, tokenizer) -> dict[str, dict]:
+    """The batches of every role for every posterior, all of it checked."""
+    check_comparable(posteriors)
     shared, data, given = {}, {}, {role: in_one_order(rows) for role, rows in given.items()}
     for name, posterior in posteriors.items():
         tok = tokenizer or posterior.model.tokenizer

@@ -13,6 +13,8 @@ import datasets
 import torch
 from torch import Tensor
 
+from .data import EncodedBatches
+
 LIBRARIES = ("pyro_lrblora", "torch", "pyro-ppl", "transformers", "numpy")
 ROWS, LABELS = "training rows, sha256", "training labels, sha256"
 
@@ -50,6 +52,20 @@ def data_identity(train, batches) -> dict[str, str]:
 def unlike(record: Mapping[str, str], identity: Mapping[str, str]) -> list[str]:
     """Names of the hashes that a fit recorded and that those of other rows differ from."""
     return [name for name, value in identity.items() if record.get(name, value) != value]
+
+
+def other_rows(settings: Mapping, train, batches) -> bool:
+    """Whether training rows are, by their hashes, not those that were fitted, or in another order.
+
+    False where that is not known: batches that are made anew at every pass may come in another order each time.
+
+    Args:
+        settings: of the posterior.
+        train, batches: as for fitted_with.
+    """
+    if not isinstance(train, datasets.Dataset | list | EncodedBatches):
+        return False
+    return bool(unlike(settings.get("fitted_with", {}), data_identity(train, batches)))
 
 
 def data_hash(data) -> str:

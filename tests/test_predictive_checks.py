@@ -45,6 +45,15 @@ def test_labels_drawn_from_the_probabilities_are_calibrated_and_sharper_ones_are
     assert bad.outside > 0.5
 
 
+@pytest.mark.parametrize("hits", range(25, 40))
+def test_a_value_at_the_threshold_is_one_that_chance_gives(hits):
+    """Of few rows whose probabilities are all the same the error takes few values."""
+    probs = np.tile([0.42, 0.58], (60, 1))
+    labels = np.array([1] * hits + [0] * (60 - hits))
+    row = calibration(probs, labels, simulations=200).errors.loc["width"]
+    assert (row["value"] <= row["perfect 95%"] + 1e-12) == (row["p"] > 0.05)
+
+
 def test_the_p_values_of_calibrated_predictions_are_uniform():
     found = [calibration(*(lambda p: (p.probs, p.labels))(drawn(100, 4, seed=k)), simulations=40) for k in range(24)]
     values = np.array([each.errors.loc["width", "p"] for each in found])

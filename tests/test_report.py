@@ -15,6 +15,7 @@ from pyro_lrblora.diagnostics import against_votes, calibration, gradient_noise,
 from pyro_lrblora.diagnostics.verdicts import verdicts
 from pyro_lrblora.evidence import importance
 from pyro_lrblora.formatting import shown
+from pyro_lrblora.guides.draws import Draws, DrawsGuide
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -140,6 +141,64 @@ def test_what_is_missing_is_said_and_nothing_crashes(fitted):
     assert lb.diagnose(posterior, data["test"].select([0])).tally["not checked"] > 0
 
 
+def test_chains_that_did_not_mix_speak_against_the_posterior(fitted):
+    data, posterior, _ = fitted
+    still = {name: value[:1].expand(12, *value.shape[1:]).unsqueeze(0) for name, value in posterior.sample(1).items()}
+    chains = lb.Posterior(posterior.model, DrawsGuide(still), Draws(1, 12), [], {"r_hat": math.inf, "ess": 2.0})
+    found = lb.diagnose(chains, data["test"])
+    assert row(found, "training").verdict == "bad"
+    notes = lb.compare({"chains": chains}, data["test"], draws=2).attrs["notes"]
+    assert any(note.startswith("chains: chains that have not reached one distribution") for note in notes)
+
+
+def test_rows_that_were_not_fitted_are_no_evidence(fitted):
+    data, posterior, _ = fitted
+    words = tiny_tokenizer()
+    for rows, others in ((data["train"], False), (tiny_reviews(40, seed=9), True)):
+        for given in (rows, lb.Batches(rows, words, shuffle=3)):
+            found = lb.diagnose(posterior, data["test"], train=given, evidence_draws=2)
+            assert found.findings.other_rows == others
+            assert ("training rows" in list(found.table["check"])) == others
+    assert row(found, "training rows").verdict == "bad"
+
+
+def test_one_draw_has_no_gap_between_its_bounds(fitted):
+    data, posterior, _ = fitted
+    assert (
+        row(lb.diagnose(posterior, data["test"], train=data["train"], evidence_draws=1), "IWAE").verdict
+        == "not checked"
+    )
+
+
+def test_validation_rows_that_are_all_right_tell_no_temperature(fitted):
+    data, posterior, _ = fitted
+    predicted = lb.predict(posterior, data["validation"], draws=32).predicted.tolist()
+    right = data["validation"].remove_columns("label").add_column("label", predicted)
+    found = lb.diagnose(posterior, data["test"], validation=right)
+    assert "no" in row(found, "temperature").meaning
+    assert row(found, "temperature").verdict == "not checked"
+
+
+def test_an_ensemble_is_predicted_by_all_its_members(fitted):
+    data, posterior, _ = fitted
+    points = lb.infer.ensemble(
+        posterior.model, data["train"], members=3, guide=lb.guides.Delta(), epochs=1, progress=False
+    )
+    found = lb.diagnose(points, data["test"], draws=32)
+    assert len(found.findings.prediction.logits) == 3
+    assert row(found, "draws that are enough").verdict == "not checked"
+    wide = lb.infer.ensemble(
+        posterior.model, data["train"], members=3, guide=lb.guides.Diagonal(), epochs=1, progress=False
+    )
+    assert (points.even(10), wide.even(10), posterior.even(10)) == (3, 12, 10)
+
+
+def test_a_name_is_no_mathematics(fitted, tmp_path):
+    data, posterior, point = fitted
+    found = lb.report({"a$_$b": posterior, "<b>": point}, data["test"], tmp_path / "report.html")
+    assert "a$_$b" in found.path.read_text()
+
+
 def test_bad_arguments_are_refused_before_any_prediction(fitted, monkeypatch, tmp_path):
     data, posterior, _ = fitted
     monkeypatch.setattr(posterior.model, "outputs", lambda *_: pytest.fail("the network ran"))
@@ -151,6 +210,14 @@ def test_bad_arguments_are_refused_before_any_prediction(fitted, monkeypatch, tm
         lb.report({"a": posterior}, data["test"], tmp_path / "report.pdf")
     with pytest.raises(ValueError, match="at least one posterior"):
         lb.report({}, data["test"], tmp_path / "report.html")
+    with pytest.raises(ValueError, match="names that do not end in"):
+        lb.report({"a": posterior, "b, mean": posterior}, data["test"], tmp_path / "report.html")
+    with pytest.raises(TypeError, match="expected a posterior"):
+        lb.diagnose({"a": posterior}, data["test"])
+    for role in ("test", "validation"):
+        hidden = data[role].map(lambda _: {"label": -1})
+        with pytest.raises(ValueError, match=r"expected labels 0..2 .* got \[-1\]"):
+            lb.report({"a": posterior}, path=tmp_path / "report.html", **{"test": data["test"], role: hidden})
 
 
 def test_the_report_holds_the_numbers_of_the_functions(fitted, tmp_path):

@@ -184,6 +184,7 @@ def test_few_draws_of_many_dimensions_do_not_lower_the_effective_rank():
     values = from_draws((x := torch.randn(100, 300).double()) - x.mean(0))
     assert effective_rank(values, 100) == pytest.approx(300, rel=0.1)
     assert effective_rank(values, None) < 100
+    assert np.isnan(effective_rank(values[:2], 2.0))  # as many as chains that never moved are worth
 
 
 def test_a_point_has_no_variance_and_two_sites_per_module_work():

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import pyro_lrblora as lb
 from pyro_lrblora.diagnostics.gradient_noise import gradient_noise
-from pyro_lrblora.diagnostics.training import BROKEN, CANNOT_TELL, CONVERGED, FALLS, TRAIN_LONGER, training
+from pyro_lrblora.diagnostics.training import APART, BROKEN, CANNOT_TELL, CONVERGED, FALLS, TRAIN_LONGER, training
 from pyro_lrblora.infer.progress import DRIFT
 from pyro_lrblora.plots.training import training_curves
 
@@ -155,10 +155,13 @@ def test_a_history_without_elbo_degrades_with_its_reason():
     posterior.history.append({"chain": 0, "step": 100, "seconds": 1.0})
     posterior.settings = {"method": "nuts", "r_hat": 1.003, "ess": 812.0}
     found = training(posterior)
-    assert found.verdict == CANNOT_TELL
+    assert found.verdict == CONVERGED
     assert "1.003" in found.reason
     assert "812" in found.reason
     assert found.curve.empty
+    for r_hat in (1.4, float("inf"), float("nan")):
+        posterior.settings["r_hat"] = r_hat
+        assert training(posterior).verdict == APART
 
 
 def test_what_is_missing_is_noted():

@@ -48,7 +48,7 @@ def calibration(probs: Array, labels: Array, bins: int = 15, simulations: int = 
             "low": max(0.0, 2 * values[name] - high),
             "high": max(0.0, 2 * values[name] - low),
             "perfect": null.mean(),
-            "perfect 95%": np.quantile(null, 0.95),
+            "perfect 95%": np.quantile(null, 0.95, method="higher"),
             "p": (1 + (null >= values[name] - 1e-12).sum()) / (1 + simulations),
         }
     confidence, hits = _top(probs, labels)

@@ -20,6 +20,7 @@ from ..guides.mixture import MixtureGuide
 from ..posterior import Posterior
 from ..predictions import NumberPrediction, Prediction, TokenPrediction
 from ..predictive import predict, predict_at
+from ..provenance import other_rows
 from .calibration import calibration
 from .draws_sweep import draws_sweep
 from .findings import Check, Findings
@@ -85,10 +86,14 @@ def diagnose(
         Prints as a table; `table` is a DataFrame, `to_json()` text, `findings` all that the checks were made from.
 
     Raises:
-        ValueError: before any prediction: draws < 1, empty data, training rows that are not as many as were fitted, a
-            reference in another subspace, `random` without a reference or in a subspace that is not, votes that are not
-            one row per test row, gradient_batches of 1 or without train.
+        TypeError: not a posterior.
+        ValueError: before any prediction: draws < 1, empty data, labels that are no classes of the model, training
+            rows that are not as many as were fitted, a reference in another subspace, `random` without a reference
+            or in a subspace that is not, votes that are not one row per test row, gradient_batches of 1 or without
+            train.
     """
+    if not isinstance(posterior, Posterior):
+        raise TypeError(f"expected a posterior, what lb.fit returned, got {type(posterior).__name__}")
     for name, value in {"draws": draws, "evidence_draws": evidence_draws}.items():
         if not (isinstance(value, int) and value >= 1):
             raise ValueError(f"expected {name} to be an integer >= 1, got {name}={value!r}")
@@ -99,6 +104,9 @@ def diagnose(
         for role, rows in given.items()
         if rows is not None
     }
+    for role in data.keys() & {"test", "validation"}:
+        if data[role].labels is not None:
+            posterior.model.check_labels(data[role], f"{role} rows")
     if train is not None:
         check_fitted_rows(posterior, data["train"])
     _check_optional(reference, random, votes, gradient_batches, data)
@@ -114,7 +122,11 @@ def diagnose(
     ):
         findings |= {name: value for name, value in part.items() if not isinstance(value, str)}
         missing |= {name: value for name, value in part.items() if isinstance(value, str)}
-    findings = Findings(**findings, missing=missing)
+    findings = Findings(
+        **findings,
+        other_rows=train is not None and other_rows(posterior.settings, train, data["train"]),
+        missing=missing,
+    )
     return Diagnosis(tuple(verdicts(findings)), findings)
 
 
@@ -176,7 +188,7 @@ def _evidence(posterior: Posterior, train, draws: int, seed: int, progress: bool
 
 
 def _predictions(posterior: Posterior, data: Mapping, draws: int, bins: int, seed: int, votes, progress: bool) -> dict:
-    model, how = posterior.model, {"draws": 1 if posterior.is_point else draws, "seed": seed, "progress": progress}
+    model, how = posterior.model, {"draws": posterior.even(draws), "seed": seed, "progress": progress}
     if not (model.predicts_classes or hasattr(model.likelihood, "prediction")):
         reason = f"the likelihood {model.likelihood!r} does not predict classes, and has no `prediction` of its own"
         return dict.fromkeys(("prediction", "at_mean", *_OF_CLASSES, *([] if votes is None else ["votes"])), reason)
@@ -212,15 +224,15 @@ def _of_classes(posterior: Posterior, prediction: Prediction, data: Mapping, how
         parts["calibration"] = calibration(prediction.probs, labels, bins=bins, seed=how["seed"])
         parts["selective"] = risk_coverage(prediction.probs, labels)
         parts["sweep"] = draws_sweep(prediction, seed=how["seed"], bins=bins)
+        if isinstance(posterior.guide, EnsembleGuide):
+            parts["sweep"] = "an ensemble is predicted by all of its members"
     if "validation" not in data:
         parts["temperature"] = "no validation rows were given: temperature scaling left out"
     elif data["validation"].labels is None:
         parts["temperature"] = "the validation rows have no labels: temperature scaling left out"
     else:
         log_probs, known = predict(posterior, data["validation"], **how).log_probs, data["validation"].labels
-        parts["temperature"] = metrics.fit_temperature(log_probs, known)
-        scaled = metrics.nll(metrics.apply_temperature(log_probs, parts["temperature"]), known)
-        parts["temperature_gain"] = len(known) * (metrics.nll(log_probs.exp(), known) - scaled)
+        parts |= _temperature(log_probs, known)
     if "outside" not in data:
         parts["outside"] = "no rows of another kind were given: write outside="
     else:
@@ -228,6 +240,15 @@ def _of_classes(posterior: Posterior, prediction: Prediction, data: Mapping, how
     if votes is not None:
         parts["votes"] = against_votes(prediction.probs, votes, seed=how["seed"])
     return parts
+
+
+def _temperature(log_probs, labels) -> dict:
+    if metrics.separable(log_probs, labels):
+        return {"temperature": f"all {len(labels)} validation rows are right, by which none is best; give more"}
+    temperature = metrics.fit_temperature(log_probs, labels)
+    scaled = metrics.nll(metrics.apply_temperature(log_probs, temperature), labels)
+    gain = len(labels) * (metrics.nll(log_probs.exp(), labels) - scaled)
+    return {"temperature": temperature, "temperature_gain": gain}
 
 
 def _reference(

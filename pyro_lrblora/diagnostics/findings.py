@@ -60,6 +60,7 @@ class Findings:
         reference: see diagnostics.reference.
         reference_r_hat: the largest, of the chains of a reference that has any.
         low_rank: of the reference, see diagnostics.low_rank.
+        other_rows: the training rows are, by their hash, not those that were fitted, or in another order.
         missing: name of a part -> why it is None; a part nobody asked for may be in neither.
     """
 
@@ -83,6 +84,7 @@ class Findings:
     reference: AgainstReference | None = None
     reference_r_hat: float | None = None
     low_rank: LowRankness | None = None
+    other_rows: bool = False
     missing: Mapping[str, str] = field(default_factory=dict)
 
 

@@ -31,7 +31,7 @@ def from_products(gram: Tensor) -> np.ndarray:
 def effective_rank(values: Tensor, draws: float | None) -> float:
     """tr(C)^2 / tr(C^2), of eigenvalues, or of a sample's with the bias of its S draws taken out."""
     trace, square = values.sum(), values.square().sum()
-    if trace <= 0:
+    if trace <= 0 or (draws is not None and draws <= 2):  # no bias can be told from two draws
         return float("nan")
     if draws is not None:
         n = draws - 1

@@ -8,11 +8,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pandas as pd
 
+from ..infer.chains import R_HAT
 from ..infer.progress import DRIFT, multiplier
 from ..posterior import Posterior
 
 BROKEN, FALLS, TRAIN_LONGER, OVERFITTED = "not finite", "falls", "train longer", "overfitted"
-CANNOT_TELL, CONVERGED = "cannot tell", "converged"
+CANNOT_TELL, CONVERGED, APART = "cannot tell", "converged", "chains apart"
 
 _EPOCHS = 4  # fewer have no noise to measure a slope against
 _COLUMNS = ("elbo", "kl", "log_likelihood", "mean_log_sd", "validation_nll")
@@ -66,7 +67,8 @@ class Training:
     Args:
         curve: a row per epoch (and member): step; spent, epochs at the full learning rate so far; elbo and
             log_likelihood, nats per row; kl, nats; mean_log_sd; validation_nll, nats per row; NaN where not recorded.
-        verdict: "not finite", "falls", "train longer", "overfitted since epoch k", "cannot tell" or "converged".
+        verdict: "not finite", "falls", "train longer", "overfitted since epoch k", "chains apart", "cannot tell" or
+            "converged".
         reason: in words, with the numbers.
         advice: what to do.
         gain: slope of the ELBO at the end, nats per row and epoch at the full rate; NaN where unknown.
@@ -93,10 +95,14 @@ def _without_curve(posterior: Posterior) -> dict[str, str]:
     settings = posterior.settings
     method = settings.get("method", "this posterior")
     if "r_hat" in settings:
+        converged = settings["r_hat"] <= R_HAT
         reason = (
-            f"a chain has no ELBO; its largest R-hat is {settings['r_hat']:.3f}, its smallest ESS {settings['ess']:.0f}"
+            f"the largest R-hat of the chains is {settings['r_hat']:.3f}, {R_HAT:g} or less being converged, their "
+            f"smallest ESS {settings['ess']:.0f}"
         )
-        return {"reason": reason, "advice": "draw longer chains until R-hat is below 1.01", "note": "no ELBO curve"}
+        advice = "nothing" if converged else f"draw longer chains until R-hat is below {R_HAT:g}"
+        verdict = CONVERGED if converged else APART
+        return {"verdict": verdict, "reason": reason, "advice": advice, "note": "chains have no ELBO, and so no curve"}
     reason = f"{method} left no ELBO in the history"
     return {"reason": reason, "advice": "judge the posterior by its predictions", "note": "no ELBO curve"}
 

@@ -9,7 +9,7 @@ import numpy as np
 from ..infer.chains import R_HAT
 from .findings import Check, Findings, error, sentence, unchecked
 from .label_rules import rules_for
-from .training import BROKEN, CANNOT_TELL, CONVERGED, TRAIN_LONGER
+from .training import APART, BROKEN, CANNOT_TELL, CONVERGED, TRAIN_LONGER
 
 MANY_ROWS = 0.05  # share of rows with a high k-hat from which on LOO is doubtful
 SHARP = 0.05  # contraction below which a module has learned nothing worth its latents
@@ -30,7 +30,8 @@ def verdicts(findings: Findings) -> Iterator[Check]:
 
 def _training(f: Findings):
     t = f.training
-    verdict = {BROKEN: "bad", CONVERGED: "good", CANNOT_TELL: "not checked"}.get(t.verdict, "warning")
+    verdicts = {BROKEN: "bad", APART: "bad", CONVERGED: "good", CANNOT_TELL: "not checked"}
+    verdict = verdicts.get(t.verdict, "warning")
     yield "training", t.verdict, "converged", verdict, sentence(t.reason), _advice(t.advice, verdict)
     if t.note:
         yield "training, left out", None, "", "not checked", sentence(t.note), ""
@@ -55,6 +56,16 @@ def _learned(f: Findings):
     )  # fmt: skip
 
 
+def _rows(f: Findings):
+    if f.other_rows:
+        yield (
+            "training rows", "others", "those that were fitted", "bad",
+            "By their hash train= holds other rows than were fitted, or in another order, of which ELBO and LOO are no "
+            "evidence.",
+            "Give the rows that were fitted, as they were given to the fit.",
+        )  # fmt: skip
+
+
 def _joint_weights(f: Findings):
     if f.importance is None:
         yield unchecked("ELBO and importance weights", f.missing["importance"])
@@ -66,6 +77,9 @@ def _joint_weights(f: Findings):
         f"The evidence lower bound, ± {elbo.standard_error / rows:.2g} from {len(w.log_q)} draws; compare families by "
         "it only on the same data, subspace, prior and head.", "",
     )  # fmt: skip
+    if len(w.log_q) == 1:
+        yield unchecked("IWAE - ELBO", "one draw, by which both are the same; take more evidence_draws")
+        return
     verdict = "good" if gap <= NATS else "warning"
     yield (
         "IWAE - ELBO (nats)", gap, f"≤ {NATS:g}", verdict,
@@ -197,7 +211,7 @@ def _gradient(f: Findings):
 
 _FITTED = {
     "Training": (_training, _learned, _gradient),
-    "Approximation": (_joint_weights, _loo, _against_reference, _reference_chains, _low_rank),
+    "Approximation": (_rows, _joint_weights, _loo, _against_reference, _reference_chains, _low_rank),
 }
 
 

@@ -53,7 +53,8 @@ def risk_coverage(curves: Mapping[str, RiskCoverage]):
     axis.set_xlabel("coverage: share of rows answered, the surest first")
     axis.set_ylabel("risk: share of them wrong")
     axis.set_ylim(bottom=0)
-    axis.legend(frameon=False, fontsize=8)
+    for text in axis.legend(frameon=False, fontsize=8).get_texts():
+        text.set_parse_math(False)
     return figure
 
 

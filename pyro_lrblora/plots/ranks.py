@@ -42,7 +42,7 @@ def rank_histograms(result: SBC, quantities: Sequence[str] | None = None):
         axis.bar(edges[:-1], counts, np.diff(edges), align="edge", color=ORANGE if off else BLUE, alpha=0.8)
         axis.fill_between(edges, [*low, low[-1]], [*high, high[-1]], step="post", color=GREY, alpha=0.35, linewidth=0)
         shape = result.table.loc[name, "shape"].replace(", ", "\n")
-        axis.set_title(f"{name}\n{shape}", fontsize=8)
+        axis.set_title(f"{name}\n{shape}", fontsize=8, parse_math=False)
     for axis in axes.flat[len(names) :]:
         axis.set_axis_off()
     axes.flat[0].set_xlim(0, result.draws + 1)

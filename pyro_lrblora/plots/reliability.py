@@ -35,7 +35,7 @@ def reliability_diagram(predictions: Mapping[str, Prediction], bins: int = 10):
             fmt="o-", color=BLUE, markersize=4, linewidth=1.5, capsize=2,
         )  # fmt: skip
         error = metrics.ece(prediction.probs, prediction.labels, bins)
-        top.set_title(f"{title}\nECE {error:.3f} ({bins} bins)", fontsize=9)
+        top.set_title(f"{title}\nECE {error:.3f} ({bins} bins)", fontsize=9, parse_math=False)
         bottom.bar(curve["confidence"], curve["rows"], width=0.7 * (1 - floor) / bins, color=GREY)
         top.set_ylim(0, 1.02)
         bottom.set_xlim(floor - 0.03, 1.03)

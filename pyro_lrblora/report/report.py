@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..comparison import Comparison, check_named, compare
+from ..comparison import Comparison, check_comparable, compare
 from ..data import in_one_order
 from ..diagnostics.diagnose import Diagnosis, diagnose
 from ..posterior import Posterior
@@ -54,9 +54,7 @@ def report(
     path = Path(path)
     if path.suffix not in (".html", ".md"):
         raise ValueError(f"expected a path ending in .html or .md, got {str(path)!r}; write 'report.html'")
-    check_named(posteriors)
-    if not posteriors:
-        raise ValueError("expected at least one posterior, got none; write {'name': posterior}")
+    check_comparable(posteriors)
     name, posterior = next(iter(posteriors.items()))
     test = in_one_order(test)  # once for the checks and the comparison
     diagnosis = diagnose(
@@ -66,8 +64,9 @@ def report(
     )  # fmt: skip
     predicted = diagnosis.findings.prediction
     labelled = predicted is not None and predicted.labels is not None
+    scaled = None if "temperature" in diagnosis.findings.missing else validation
     comparison = (
-        compare(posteriors, test, validation=validation, draws=draws, seed=seed, progress=progress, tokenizer=tokenizer)
+        compare(posteriors, test, validation=scaled, draws=draws, seed=seed, progress=progress, tokenizer=tokenizer)
         if labelled
         else None
     )
