@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from loading import from_hub, tokenizer_of
 from processes import Processes
-from sequence_classification import load_splits
+from sequence_classification import GUIDES, load_splits
 from transformers import AutoModelForCausalLM
 
 import pyro_lrblora as lb
@@ -27,7 +27,7 @@ def main() -> None:
     parser.add_argument("--prompt-column", help="column of prompts, which are read but not scored")
     parser.add_argument("--prompt", nargs="+", default=["One day"], help="to be continued")
     parser.add_argument("--new-tokens", type=int, default=32, help="written after each prompt, at most")
-    parser.add_argument("--guides", nargs="+", default=["Delta", "LowRankPrecision"])
+    parser.add_argument("--guides", nargs="+", default=["Delta", "LowRankPrecision"], choices=GUIDES)
     parser.add_argument("--prior-scale", type=float, default=0.1)
     parser.add_argument("--projection", default="Gradient", choices=["SVD", "WhitenedSVD", "Gradient", "Random"])
     parser.add_argument("--rank", type=int, default=8)
@@ -61,6 +61,7 @@ def main() -> None:
     model = lb.BayesianLoRA(
         network, adapter, lb.priors.Normal(args.prior_scale), lb.likelihoods.NextToken(), tokenizer=tokenizer
     ).prepare(train)
+    model.check_labels(test, "test data")
     if processes.first:
         print(f"{len(model.modules)} adapted modules, {model.sites.size} latents, {train.rows} texts")
     untrained = lb.fit(model, train, guide=lb.guides.Delta(), steps=1, rates=lb.Rates(0, 0, 0, 0), progress=False)
@@ -71,11 +72,12 @@ def main() -> None:
         for name in args.guides
     }
     processes.part()
-    table = lb.compare(posteriors, test, train=train, draws=args.draws)
-    print(table)
     last = posteriors[args.guides[-1]]
     if args.out:
         last.save(args.out)
+    table = lb.compare(posteriors, test, train=train, draws=args.draws)
+    print(table)
+    if args.out:
         table.to_csv(args.out / "table.csv")
     written = lb.generate(last, args.prompt, draws=args.draws, max_new_tokens=args.new_tokens)
     for prompt, text, entropy, model_part in zip(

@@ -16,7 +16,7 @@ import datasets
 import torch
 from loading import from_hub, tokenizer_of
 from processes import Processes
-from sequence_classification import load_splits
+from sequence_classification import GUIDES, load_splits
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMultipleChoice
 
 import pyro_lrblora as lb
@@ -79,7 +79,7 @@ def main() -> None:
     parser.add_argument("--data", required=True, help="folder of parquet files, or hub name (name:config)")
     parser.add_argument("--question", default="question")
     parser.add_argument("--choices", type=int, default=4, help="items with another number of choices are left out")
-    parser.add_argument("--guides", nargs="+", default=["Delta", "LowRankPrecision"])
+    parser.add_argument("--guides", nargs="+", default=["Delta", "LowRankPrecision"], choices=GUIDES)
     parser.add_argument("--prior-scale", type=float, default=0.1)
     parser.add_argument("--projection", default="Gradient", choices=["SVD", "WhitenedSVD", "Gradient", "Random"])
     parser.add_argument("--rank", type=int, default=8)
@@ -110,6 +110,7 @@ def main() -> None:
     adapter = lb.LoRAXS(args.rank, getattr(lb.projections, args.projection)(), args.targets, args.layers)
     model = lb.BayesianLoRA(network, adapter, lb.priors.Normal(args.prior_scale), likelihood, tokenizer=tokenizer)
     model = model.prepare(train)
+    model.check_labels(test, "test data")
     if processes.first:
         print(f"{len(model.modules)} adapted modules, {model.sites.size} latents, {train.rows} items")
     posteriors = {
@@ -120,10 +121,11 @@ def main() -> None:
     }
     processes.part()
     fitted = {"train": train, "evidence_draws": args.evidence_draws} if args.evidence_draws else {}
+    if args.out:
+        posteriors[args.guides[-1]].save(args.out)
     table = lb.compare(posteriors, test, validation=validation, draws=args.draws, **fitted)
     print(table)
     if args.out:
-        posteriors[args.guides[-1]].save(args.out)
         table.to_csv(args.out / "table.csv")
 
 

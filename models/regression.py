@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 from processes import Processes
-from sequence_classification import load_base, load_splits
+from sequence_classification import GUIDES, load_base, load_splits
 
 import pyro_lrblora as lb
 
@@ -27,7 +27,7 @@ def main() -> None:
     parser.add_argument(
         "--noise", type=float, help="standard deviation of the labels' noise; left out, it is predicted"
     )
-    parser.add_argument("--guides", nargs="+", default=["Delta", "LowRankPrecision"])
+    parser.add_argument("--guides", nargs="+", default=["Delta", "LowRankPrecision"], choices=GUIDES)
     parser.add_argument("--prior-scale", type=float, default=0.1)
     parser.add_argument("--projection", default="Gradient", choices=["SVD", "WhitenedSVD", "Gradient", "Random"])
     parser.add_argument("--rank", type=int, default=8)
@@ -57,6 +57,7 @@ def main() -> None:
     likelihood = lb.likelihoods.Gaussian(args.noise)
     model = lb.BayesianLoRA(network, adapter, lb.priors.Normal(args.prior_scale), likelihood, tokenizer=tokenizer)
     model = model.prepare(train)
+    model.check_labels(test, "test data")
     if processes.first:
         print(f"{len(model.modules)} adapted modules, {model.sites.size} latents, {train.rows} rows")
     posteriors = {
@@ -66,12 +67,13 @@ def main() -> None:
         for name in args.guides
     }
     processes.part()
+    if args.out:
+        posteriors[args.guides[-1]].save(args.out)
     table = lb.compare(posteriors, test, train=train, draws=args.draws)
     constant = (test.labels.double() - train.labels.double().mean()).square().mean().sqrt()
     print(f"RMSE of the mean of all training labels: {constant:.3f}")
     print(table)
     if args.out:
-        posteriors[args.guides[-1]].save(args.out)
         table.to_csv(args.out / "table.csv")
 
 

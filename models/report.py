@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from sequence_classification import load_base, load_splits
+from sequence_classification import count_classes, load_base, load_splits
 
 import pyro_lrblora as lb
 
@@ -34,7 +34,7 @@ def main() -> None:
 
     train, validation, test = load_splits(args.data, args.rows, 300, args.test_rows, args.seed)
     outside = load_splits(args.outside, 1, 0, args.test_rows, args.seed)[2] if args.outside else None
-    network, tokenizer = load_base(args.base, max(train["label"]) + 1, args.mean_pool, args.dtype)
+    network, tokenizer = load_base(args.base, count_classes(train, validation, test), args.mean_pool, args.dtype)
     posteriors = {folder.name: lb.Posterior.load(folder, network, tokenizer=tokenizer) for folder in args.posteriors}
     if len(posteriors) < len(args.posteriors):
         parser.error("expected folders with different names: the names stand in the tables")

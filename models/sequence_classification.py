@@ -19,6 +19,12 @@ from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassificati
 import pyro_lrblora as lb
 from pyro_lrblora.networks import MeanPoolClassifier, builtin_base
 
+# Those that need no arguments.
+GUIDES = [
+    "Delta", "Diagonal", "LowRank", "LowRankPrecision", "BlockLowRank", "MatrixNormal", "RotatedDiagonal", "FullRank",
+    "Flow", "Mixture",
+]  # fmt: skip
+
 
 def read_splits(source: str) -> dict[str, datasets.Dataset]:
     """Every split of a folder of parquet files, or of a hub data set (name, or name:config), by name."""
@@ -36,7 +42,7 @@ def load_splits(
     """Train, validation and test rows of what `read_splits` reads, no row in two of them.
 
     Where no other split has labels, the test rows are taken from the one that is trained on: the same for every seed,
-    and at most half of it.
+    and at most half of it. Of a small split a quarter is left for validation.
 
     Args:
         source: as for `read_splits`.
@@ -55,15 +61,36 @@ def load_splits(
         mixed, count = everything.shuffle(seed=0), min(test, len(everything) // 2)
         held, everything = mixed.select(range(count)), mixed.select(range(count, len(mixed)))
     everything = everything.shuffle(seed=seed)
+    rows = min(rows, len(everything) - min(validation, len(everything) // 4))
     # datasets refuses an empty range that begins at the end.
     pick = lambda start, count: everything.select(range(start, min(start + count, len(everything))) or [])
-    return pick(0, rows), pick(rows, validation), held.select(range(min(test, len(held))))
+    # Many data sets are sorted by label.
+    return pick(0, rows), pick(rows, validation), held.shuffle(seed=0).select(range(min(test, len(held))))
 
 
 def _unlabelled(rows: datasets.Dataset) -> bool:
     """Whether the labels are kept back, as those of many test splits are."""
-    first = lambda column: rows[column][:50] if column in rows.column_names else []
-    return min(first("label"), default=0) < 0 or "" in first("answerKey")
+    first = lambda *columns: [value for name in columns if name in rows.column_names for value in rows[name][:50]]
+    kept_back = lambda value: value is None or (isinstance(value, int | float) and value < 0)
+    return any(map(kept_back, first("label", "labels"))) or "" in first("answerKey")
+
+
+def count_classes(*splits: datasets.Dataset) -> int:
+    """C of splits whose column "label" or "labels" holds classes; a SystemExit where one holds anything else."""
+    largest = 0
+    for rows in splits:
+        name = next((name for name in ("label", "labels") if name in rows.column_names), None)
+        if name is None:
+            raise SystemExit(f"expected --data with a column 'label' in every split, got columns {rows.column_names}")
+        values = rows[name][:]
+        wrong = [value for value in values if not isinstance(value, int) or value < 0]
+        if wrong:
+            raise SystemExit(
+                f"expected classes 0, 1, ... in the column {name!r} of --data, got {wrong[0]!r}; write "
+                f"dataset.class_encode_column({name!r}), drop rows without a label, and save it as parquet"
+            )
+        largest = max([largest, getattr(rows.features[name], "num_classes", 0), *(value + 1 for value in values)])
+    return largest
 
 
 def load_base(name: str, classes: int, mean_pool: bool, dtype: str):
@@ -115,7 +142,7 @@ def main() -> None:
         parser.error("expected --checkpoint FOLDER with --resume")
     processes = Processes(args.device)
     train, validation, test = load_splits(args.data, args.rows, 300, args.test_rows, args.seed)
-    network, tokenizer = load_base(args.base, max(train["label"]) + 1, args.mean_pool, args.dtype)
+    network, tokenizer = load_base(args.base, count_classes(train, validation, test), args.mean_pool, args.dtype)
     where = {"rank": args.rank, "targets": args.targets, "layers": args.layers}
     if args.adapter == "LoRAXS":
         where["projection"] = getattr(lb.projections, args.projection)()
@@ -133,10 +160,10 @@ def main() -> None:
         **{"resume_from" if args.resume else "checkpoint": args.checkpoint},
     )
     processes.part()
-    table = lb.compare({args.guide: posterior}, test, validation=validation, draws=args.draws)
-    print(posterior, table.T.to_string(float_format="{:.4f}".format), sep="\n")
     if args.out:
         posterior.save(args.out)
+    table = lb.compare({args.guide: posterior}, test, validation=validation, draws=args.draws)
+    print(posterior, table.T.to_string(float_format="{:.4f}".format), sep="\n")
 
 
 if __name__ == "__main__":

@@ -176,6 +176,20 @@ def test_reviews_bad_arguments():
         reviews(5, domain="cars")
 
 
+@pytest.mark.parametrize("form", ["numpy", "torch"])
+def test_tokens_may_be_numbers_of_another_library(form):
+    words = tiny_tokenizer()
+    data = tiny_reviews(4).map(lambda row: words(row["text"]), remove_columns="text")
+    expected, found = (next(iter(lb.Batches(rows, words))) for rows in (data, data.with_format(form)))
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+def test_labels_in_a_list_are_refused():
+    batch = token_batches(4)[0] | {"labels": [0, 1, 2, 0]}
+    with pytest.raises(TypeError, match="labels as a tensor, got a list"):
+        as_batches([batch])
+
+
 def test_every_pair_of_text_columns_is_a_pair():
     """QNLI has a question and a sentence: the sentence alone would be another task."""
     rows = datasets.Dataset.from_dict({"question": ["a film", "dull"], "sentence": ["good", "bad"], "label": [0, 1]})

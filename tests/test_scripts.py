@@ -68,7 +68,7 @@ def test_items_of_the_hub_are_converted(script, arc):
     choices = script("multiple_choice")
     rows = script("sequence_classification").load_splits(str(arc), 20, 0, 8, 0)
     items = choices.items_of(rows[2], "question")
-    plain = tiny_items(8, seed=8)
+    plain = tiny_items(8, seed=8).shuffle(seed=0)
     assert items.to_list() == plain.select_columns(items.column_names).to_list()
     assert choices.items_of(plain, "question") is plain
     assert len(rows[1]) == 0
@@ -94,7 +94,7 @@ def test_a_test_split_whose_answers_are_kept_back_is_not_tested_on(script, tmp_p
     assert set(script("sequence_classification").load_splits(str(tmp_path), 2, 1, 9, 0)[2]["answerKey"]) == {"B"}
 
 
-@pytest.mark.parametrize(("names", "sizes"), [(["train"], (1000, 300, 50)), (["train", "test"], (60, 10, 50))])
+@pytest.mark.parametrize(("names", "sizes"), [(["train"], (1000, 300, 50)), (["train", "test"], (30, 10, 50))])
 def test_rows_of_the_only_split_with_labels_are_trained_on_or_tested_on(script, tmp_path, names, sizes):
     for name in names:
         rows = [{"text": f"{name} {n}", "label": n % 2 if name == "train" else -1} for n in range(100)]
@@ -103,10 +103,10 @@ def test_rows_of_the_only_split_with_labels_are_trained_on_or_tested_on(script, 
     splits = [[set(rows["text"]) for rows in load(str(tmp_path), *sizes, seed)] for seed in (0, 1)]
     for train, validation, test in splits:
         assert len(test) == 50
-        assert len(train) == min(sizes[0], 50)
+        assert (len(train), len(validation)) == ((38, 12) if sizes[0] > 50 else (30, 10))
         assert not train & test | validation & test | train & validation
     assert splits[0][2] == splits[1][2]
-    assert splits[0][1] != splits[1][1] or not splits[0][1]
+    assert splits[0][1] != splits[1][1]
 
 
 # --- processes
@@ -152,6 +152,31 @@ def test_several_processes_are_refused_where_not_every_family_shares_its_work(ru
 
 
 # --- loading
+
+
+def test_rows_of_a_sorted_data_set_are_taken_from_all_of_it(script, tmp_path):
+    for split in ("train", "test"):
+        texts = {"text": ["a film"] * 60, "label": [0] * 30 + [1] * 30}
+        datasets.Dataset.from_dict(texts).to_parquet(tmp_path / f"{split}.parquet")
+    found = script("sequence_classification").load_splits(str(tmp_path), 100, 100, 20, 0)
+    assert [len(rows) for rows in found] == [45, 15, 20]
+    assert set(found[2]["label"]) == {0, 1}
+
+
+@pytest.mark.parametrize(
+    ("column", "labels", "classes"),
+    [("label", [0, 1, 1], 3), ("labels", [0, 2, 0], 3), ("label", ["a", "b", "a"], None), ("label", [0, -1, 1], None)],
+)
+def test_classes_are_counted_over_all_splits(script, column, labels, classes):
+    count = script("sequence_classification").count_classes
+    splits = [
+        datasets.Dataset.from_dict({column: values}) for values in (labels, labels[:1] if classes is None else [2])
+    ]
+    if classes is None:
+        with pytest.raises(SystemExit, match="expected classes 0, 1, ... in the column"):
+            count(*splits)
+    else:
+        assert count(*splits) == classes
 
 
 def test_a_tokenizer_that_cannot_pad_gets_a_token_for_it(script, tmp_path):

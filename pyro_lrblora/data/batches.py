@@ -264,6 +264,10 @@ def _check_batch(batch: Batch) -> None:
             f"expected batches to be dicts of tensors, got {kinds}; rows that are not tokenised are "
             "datasets.Dataset.from_list(rows)"
         )
+    if not isinstance(batch.get("labels"), Tensor | None):
+        raise TypeError(
+            f"expected a batch's labels as a tensor, got a {type(batch['labels']).__name__}; write torch.as_tensor(...)"
+        )
     if "label" in batch and "labels" not in batch:
         raise KeyError("expected a batch's labels under 'labels', got 'label'; write rename_column('label', 'labels')")
 

@@ -12,6 +12,7 @@ from torch import Tensor
 # Pairs first: a pair's second text must not pass for all there is.
 _TEXT_COLUMNS = (
     ("sentence1", "sentence2"),
+    ("question1", "question2"),
     ("premise", "hypothesis"),
     ("question", "passage"),
     ("question", "sentence"),
@@ -52,7 +53,8 @@ def encode(
     columns = dataset.column_names
     if text is None and "input_ids" in columns:
         kept = [name for name in tokenizer.model_input_names if name in columns]
-        return {name: [list(row) for row in dataset[name]] for name in kept}
+        rows = dataset.with_format(None)  # numpy's or torch's numbers are not what a tokenizer pads
+        return {name: [list(row) for row in rows[name]] for name in kept}
     names = text_columns(dataset, text)
     limit = token_limit(tokenizer, max_length)
     texts = [list(dataset[name]) for name in names]
@@ -81,9 +83,12 @@ def text_columns(dataset: datasets.Dataset, text: str | Sequence[str] | None) ->
     strings = [name for name, kind in kinds.items() if kind in ("string", "large_string")]
     if len(strings) == 1:
         return strings
+    cure = f"dataset.rename_column({(strings or columns)[0]!r}, 'text')"
+    if len(strings) == 2:
+        cure += f", or lb.Batches(dataset, tokenizer, text={tuple(strings)}) where a row is a pair of texts"
     raise KeyError(
         f"expected one of the text columns {[list(names) for names in _TEXT_COLUMNS]}, got columns {columns}; "
-        f"write dataset.rename_column({(strings or columns)[0]!r}, 'text')"
+        f"write {cure}"
     )
 
 
