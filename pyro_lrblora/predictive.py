@@ -44,7 +44,7 @@ def predict(
     Args:
         posterior: what a fit returned.
         data: a datasets.Dataset, Batches, or a re-iterable of batch dicts; labels are optional.
-        draws: S, at least 1; a point is predicted once.
+        draws: S, at least 1; those of a point are one forward, repeated.
         at: "mean" predicts once, at the posterior mean.
         method: "monte_carlo" runs the network once per draw; "linearised" once in all and back once per class, and
             draws logits from their normal distribution; "probit" needs no draws beside that (one set of logits). The
@@ -89,7 +89,8 @@ def predict(
         values = {name: value.unsqueeze(0) for name, value in posterior.mean().items()}
     else:
         values = posterior.sample(1 if posterior.is_point else draws, seed=seed, antithetic=antithetic)
-    return predict_at(model, batches, values, posterior.head(), precision, fold, progress)
+    copies = draws if posterior.is_point and at is None else 1
+    return predict_at(model, batches, values, posterior.head(), precision, fold, progress, copies)
 
 
 def predict_at(
@@ -100,6 +101,7 @@ def predict_at(
     precision: str = "fp32",
     fold: int | None = None,
     progress: bool = False,
+    copies: int = 1,
 ) -> Prediction | NumberPrediction | TokenPrediction:
     """Predict with given draws, whatever they were drawn from.
 
@@ -110,6 +112,7 @@ def predict_at(
         head: what model.head_values returned.
         precision: "fp32", "bf16" or "fp16".
         fold, progress: see `predict`.
+        copies: how many draws a lone one stands for.
     """
     parts = []
     with model.attached(precision, dropout=False):
@@ -125,7 +128,8 @@ def predict_at(
         elif len(classes := sorted({tensor.shape[-1] for tensor in tensors})) > 1:
             raise ValueError(f"expected equally many classes or choices in every batch, got {classes}")
         joined = torch.cat(tensors, dim=1)
-        summaries[name] = torch.empty_like(joined).index_copy_(1, order, joined)
+        found = torch.empty_like(joined).index_copy_(1, order, joined)
+        summaries[name] = found.expand(copies * len(found), *found.shape[1:]) if copies > 1 else found
     return prediction(model.likelihood, summaries, batches.labels, model.class_names)
 
 

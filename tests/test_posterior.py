@@ -148,11 +148,15 @@ def test_folded_draws_equal_the_loop(guide, adapter):
     torch.testing.assert_close(loop.logits, folded.logits, atol=1e-5, rtol=1e-4)
 
 
-def test_a_point_is_predicted_once():
-    posterior = fit(lb.guides.Delta())
-    found = lb.predict(posterior, token_batches(), draws=32)
-    assert len(found.logits) == 1
-    assert torch.equal(found.logits, lb.predict(posterior, token_batches(), at="mean").logits)
+def test_a_point_is_predicted_once(monkeypatch):
+    posterior, batches = fit(lb.guides.Delta()), token_batches()
+    once, passes = lb.predict(posterior, batches, at="mean").logits, []
+    outputs = posterior.model.outputs
+    monkeypatch.setattr(posterior.model, "outputs", lambda *args: passes.append(1) or outputs(*args))
+    found = lb.predict(posterior, batches, draws=32)
+    assert len(passes) == len(batches)
+    assert torch.equal(found.logits, once.expand(32, -1, -1))
+    assert found.probs.shape == (40, 3)
 
 
 def test_labels_that_are_no_classes_are_not_scored():

@@ -127,7 +127,7 @@ def test_votes_and_gradients_are_checked_where_they_are_asked_for(fitted, tmp_pa
             lb.diagnose(posterior, data["test"], **options)
 
 
-def test_what_is_missing_is_said_and_nothing_crashes(fitted):
+def test_what_is_missing_is_said_and_nothing_crashes(fitted, tmp_path):
     data, posterior, point = fitted
     bare = data["test"].remove_columns("label")
     for one in (posterior, point):
@@ -139,6 +139,9 @@ def test_what_is_missing_is_said_and_nothing_crashes(fitted):
     one_class = data["test"].map(lambda _: {"label": 1})
     assert "one class only" in row(lb.diagnose(posterior, one_class), "NLL").meaning
     assert lb.diagnose(posterior, data["test"].select([0])).tally["not checked"] > 0
+    bare = data["validation"].remove_columns("label")
+    written = lb.report({"one": posterior}, data["test"], tmp_path / "report.md", validation=bare)
+    assert not any(name.endswith("temperature") for name in written.comparison.index)
 
 
 def test_chains_that_did_not_mix_speak_against_the_posterior(fitted):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..comparison import Comparison, check_comparable, compare
-from ..data import in_one_order
+from ..data import as_batches, in_one_order
 from ..diagnostics.diagnose import Diagnosis, diagnose
 from ..posterior import Posterior
 from . import sections
@@ -62,11 +62,12 @@ def report(
         votes=votes, gradient_batches=gradient_batches, draws=draws, evidence_draws=evidence_draws, seed=seed,
         progress=progress, tokenizer=tokenizer,
     )  # fmt: skip
+    held = None if validation is None else as_batches(validation, tokenizer or posterior.model.tokenizer)
+    scaled_on = None if held is None or held.labels is None else validation
     predicted = diagnosis.findings.prediction
     labelled = predicted is not None and predicted.labels is not None
-    scaled = None if "temperature" in diagnosis.findings.missing else validation
     comparison = (
-        compare(posteriors, test, validation=scaled, draws=draws, seed=seed, progress=progress, tokenizer=tokenizer)
+        compare(posteriors, test, validation=scaled_on, draws=draws, seed=seed, progress=progress, tokenizer=tokenizer)
         if labelled
         else None
     )
