@@ -71,8 +71,8 @@ def load_splits(
 def _unlabelled(rows: datasets.Dataset) -> bool:
     """Whether the labels are kept back, as those of many test splits are."""
     first = lambda *columns: [value for name in columns if name in rows.column_names for value in rows[name][:50]]
-    kept_back = lambda value: value is None or (isinstance(value, int | float) and value < 0)
-    return any(map(kept_back, first("label", "labels"))) or "" in first("answerKey")
+    labels, kept_back = first("label", "labels"), lambda value: value is None or (isinstance(value, int) and value < 0)
+    return (bool(labels) and all(map(kept_back, labels))) or "" in first("answerKey")
 
 
 def count_classes(*splits: datasets.Dataset) -> int:

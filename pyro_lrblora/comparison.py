@@ -103,7 +103,7 @@ def compare(
         )
         for label, at in _versions(name, posterior, notes):
             begun = time.perf_counter()
-            how = {"draws": posterior.even(draws), "seed": seed, "progress": progress}
+            how = {"draws": posterior.balanced_draws(draws), "seed": seed, "progress": progress}
             how |= {"at": "mean"} if at == "mean" else {"method": at} if at else {}
             found = {"test": predict(posterior, batches["test"], **how)}
             seconds = 1000 * (time.perf_counter() - begun) / batches["test"].rows

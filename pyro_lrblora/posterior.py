@@ -75,7 +75,7 @@ class Posterior:
         """Whether all mass is on one point (a Delta guide), with nothing to average over, and no evidence bound."""
         return isinstance(self.guide, DeltaGuide | AutoDelta)
 
-    def even(self, draws: int) -> int:
+    def balanced_draws(self, draws: int) -> int:
         """So many draws, or what is closest to it from above by which the members of an ensemble count alike.
 
         Of points one for each is all there is.

@@ -193,7 +193,7 @@ def test_an_ensemble_is_predicted_by_all_its_members(fitted):
     wide = lb.infer.ensemble(
         posterior.model, data["train"], members=3, guide=lb.guides.Diagonal(), epochs=1, progress=False
     )
-    assert (points.even(10), wide.even(10), posterior.even(10)) == (3, 12, 10)
+    assert (points.balanced_draws(10), wide.balanced_draws(10), posterior.balanced_draws(10)) == (3, 12, 10)
 
 
 def test_a_name_is_no_mathematics(fitted, tmp_path):

@@ -188,7 +188,7 @@ def _evidence(posterior: Posterior, train, draws: int, seed: int, progress: bool
 
 
 def _predictions(posterior: Posterior, data: Mapping, draws: int, bins: int, seed: int, votes, progress: bool) -> dict:
-    model, how = posterior.model, {"draws": posterior.even(draws), "seed": seed, "progress": progress}
+    model, how = posterior.model, {"draws": posterior.balanced_draws(draws), "seed": seed, "progress": progress}
     if not (model.predicts_classes or hasattr(model.likelihood, "prediction")):
         reason = f"the likelihood {model.likelihood!r} does not predict classes, and has no `prediction` of its own"
         return dict.fromkeys(("prediction", "at_mean", *_OF_CLASSES, *([] if votes is None else ["votes"])), reason)

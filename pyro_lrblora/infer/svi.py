@@ -291,7 +291,9 @@ def _per_row(draws: str, guide, entries: int, dependent: Sequence[str]) -> bool:
 def _validation_nll(posterior: Posterior, batches, draws: int, precision: str, workers: Workers) -> float:
     mine, total, count = workers.share(batches), 0.0, 0
     if mine:
-        prediction = predict(posterior, mine, draws=posterior.even(draws), precision=precision, progress=False)
+        prediction = predict(
+            posterior, mine, draws=posterior.balanced_draws(draws), precision=precision, progress=False
+        )
         count = prediction.observations
         total = count * prediction.nll
     total, count = workers.sums([total, count], posterior.model.device)
