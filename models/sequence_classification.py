@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassificati
 import pyro_lrblora as lb
 from pyro_lrblora.networks import MeanPoolClassifier, builtin_base
 
-# Those that need no arguments.
+# Guides that need no arguments.
 GUIDES = [
     "Delta", "Diagonal", "LowRank", "LowRankPrecision", "BlockLowRank", "MatrixNormal", "RotatedDiagonal", "FullRank",
     "Flow", "Mixture",
@@ -71,8 +71,8 @@ def load_splits(
 def _unlabelled(rows: datasets.Dataset) -> bool:
     """Whether the labels are kept back, as those of many test splits are."""
     first = lambda *columns: [value for name in columns if name in rows.column_names for value in rows[name][:50]]
-    labels, kept_back = first("label", "labels"), lambda value: value is None or (isinstance(value, int) and value < 0)
-    return (bool(labels) and all(map(kept_back, labels))) or "" in first("answerKey")
+    missing = [value is None or (isinstance(value, int) and value < 0) for value in first("label", "labels")]
+    return (bool(missing) and all(missing)) or "" in first("answerKey")
 
 
 def count_classes(*splits: datasets.Dataset) -> int:
@@ -115,9 +115,7 @@ def main() -> None:
     by_scale = [name for name in lb.priors.__all__ if name not in ("Learned", "SingularValues")]
     parser.add_argument("--prior", default="Normal", choices=by_scale)
     parser.add_argument("--prior-scale", type=float, default=0.1)
-    parser.add_argument(
-        "--guide", default="LowRankPrecision", choices=["Delta", "Diagonal", "LowRank", "LowRankPrecision"]
-    )
+    parser.add_argument("--guide", default="LowRankPrecision", choices=GUIDES)
     parser.add_argument("--guide-rank", type=int, default=8)
     parser.add_argument("--adapter", default="LoRAXS", choices=["LoRAXS", "LoRA"])
     parser.add_argument("--projection", default="Gradient", choices=["SVD", "Gradient", "Random"])

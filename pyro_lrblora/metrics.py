@@ -23,7 +23,7 @@ def given(labels: Array | None) -> Array:
     return labels
 
 
-def classes(labels: Array | None, count: int) -> np.ndarray:
+def class_labels(labels: Array | None, count: int) -> np.ndarray:
     """The labels (N,) as integers; a ValueError where there are none, or one is not among 0 .. count - 1."""
     labels = _array(given(labels))
     if len(labels) and (labels.min() < 0 or labels.max() >= count):
@@ -225,7 +225,7 @@ def fit_temperature(log_probs: Array, labels: Array) -> float:
     """
     # Of a probability of zero the logarithm is as good as this one, and has no limits to multiply by.
     scores = torch.as_tensor(np.maximum(_array(log_probs, float), -1e4))
-    labels = torch.as_tensor(classes(labels, scores.shape[-1]))
+    labels = torch.as_tensor(class_labels(labels, scores.shape[-1]))
     # Convex in 1 / T, so with one minimum in its logarithm; bounded, because on separable rows the best T is zero.
     loss = lambda log_inverse: float(torch.nn.functional.cross_entropy(scores * math.exp(log_inverse), labels))
     found = optimize.minimize_scalar(loss, bounds=(-5, 5), method="bounded", options={"xatol": 1e-6})
@@ -240,7 +240,7 @@ def separable(log_probs: Array, labels: Array) -> bool:
         labels: (N,).
     """
     scores = _array(log_probs, float)
-    own = np.take_along_axis(scores, classes(labels, scores.shape[-1])[:, None], 1)
+    own = np.take_along_axis(scores, class_labels(labels, scores.shape[-1])[:, None], 1)
     return bool(((scores >= own).sum(-1) == 1).all())
 
 
@@ -304,4 +304,4 @@ def _check(probs: Array, labels: Array) -> tuple[np.ndarray, np.ndarray]:
         raise ValueError(f"expected probs (N, C) and labels (N,) with N >= 1, got {probs.shape} and {labels.shape}")
     if not np.all(np.abs(probs.sum(-1) - 1) < 1e-3) or probs.min() < -1e-6:
         raise ValueError("expected rows of probs to be probabilities that add up to 1; write logits.softmax(-1)")
-    return probs, classes(labels, probs.shape[1])
+    return probs, class_labels(labels, probs.shape[1])

@@ -59,7 +59,7 @@ class Prediction:
     @property
     def log_likelihood(self) -> Tensor:
         """Log probability of each row's label under each draw, nats, (S, N)."""
-        labels = from_numpy(metrics.classes(self.labels, self.logits.shape[-1]))
+        labels = from_numpy(metrics.class_labels(self.labels, self.logits.shape[-1]))
         index = labels.expand(len(self.logits), -1).unsqueeze(-1)
         return self.logits.log_softmax(-1).gather(-1, index).squeeze(-1)
 
@@ -89,7 +89,7 @@ class Prediction:
 
     def losses(self) -> dict[str, np.ndarray]:
         """What NLL and Brier are the means of, (N,) each."""
-        labels, log_probs = metrics.classes(self.labels, self.logits.shape[-1]), self.log_probs.double().numpy()
+        labels, log_probs = metrics.class_labels(self.labels, self.logits.shape[-1]), self.log_probs.double().numpy()
         hits = np.eye(self.logits.shape[-1])[labels]
         return {
             "NLL": -np.take_along_axis(log_probs, labels[:, None], 1)[:, 0],

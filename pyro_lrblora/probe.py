@@ -66,6 +66,8 @@ def choose_scale(
 ) -> float:
     """The prior scale whose probe has the best five-fold cross-validated likelihood on the training rows.
 
+    Of fewer than 20 rows it is the scale by which the prior's logits have a standard deviation of 1.
+
     Args:
         features: (N, H), of an item's choices (N, C, H).
         labels: (N,).
@@ -75,13 +77,11 @@ def choose_scale(
     """
     # In units in which the prior's logits have a standard deviation of 1: features come in any magnitude.
     unit = 1 / float(features.square().sum(-1).mean().sqrt().clamp(min=1e-12))
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0)).to(labels.device)
-    rows = order[:_CHOICE_ROWS]
-    # A predicted noise would be fitted away by as many features as rows; else a few rows are not worth thirty fits.
-    free_noise = getattr(likelihood, "scale", 0.0) is None and len(rows) >= 5
-    folds = rows.tensor_split(5) if free_noise else rows.chunk(5)
-    if len(folds) < 5:
+    # A few rows are not worth thirty fits, unless a predicted noise could be fitted away by more features than rows.
+    if len(labels) < (5 if getattr(likelihood, "scale", 0.0) is None else 20):
         return unit
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0)).to(labels.device)
+    folds = order[:_CHOICE_ROWS].tensor_split(5)
     scores = {}
     for scale in (unit * step for step in (0.3, 0.6, 1.0, 1.7, 3.0, 6.0)):
         scores[scale] = 0.0

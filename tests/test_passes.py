@@ -1,11 +1,11 @@
 """Long passes over the data show a bar, short ones and those that were asked to be silent do not."""
 
 import pytest
+from conftest import token_batches
 
 import pyro_lrblora as lb
 from pyro_lrblora import evidence, passes
 from pyro_lrblora.guides import Diagonal
-from tests.conftest import token_batches
 
 
 @pytest.fixture
