@@ -17,6 +17,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 
 import pyro_lrblora as lb
+from pyro_lrblora import probe
 
 datasets.disable_progress_bars()
 transformers.logging.set_verbosity_error()
@@ -34,6 +35,13 @@ def _seeded_and_store_untouched():
     torch.set_num_threads(1)
     yield
     pyro.clear_param_store()
+
+
+@pytest.fixture(autouse=True)
+def _probes_of_one_scale(request, monkeypatch):
+    """Choosing the scale of a head takes longer than most tests: those that are about it are marked."""
+    if "chosen_head_scale" not in request.keywords:
+        monkeypatch.setattr(probe, "choose_scale", lambda *arguments: 1.0)
 
 
 @pytest.fixture

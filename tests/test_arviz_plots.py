@@ -16,6 +16,7 @@ from pyro_lrblora import arviz_plots
 from pyro_lrblora.arviz_io import arviz_1
 from pyro_lrblora.evidence import LOO, psis_loo
 
+ROWS = token_batches(batch_size=40)  # at once, since small batches take as long
 pytestmark = pytest.mark.filterwarnings("ignore::pyro_lrblora.ScalesNotConverged")
 
 
@@ -28,7 +29,9 @@ def _pyplot_keeps_nothing():
 
 def prepared(adapter=None, rows=40, head="bayesian"):
     adapter = adapter or lb.LoRAXS(2)
-    return lb.BayesianLoRA(tiny_bert(), adapter, lb.priors.Normal(0.1), head=head).prepare(token_batches(rows))
+    return lb.BayesianLoRA(tiny_bert(), adapter, lb.priors.Normal(0.1), head=head).prepare(
+        token_batches(rows, batch_size=rows)
+    )
 
 
 def gaussian(model=None, sd=0.1, loc=0.0):
@@ -156,8 +159,8 @@ def test_unknown_k_hat_has_no_point_and_none_at_all_no_picture():
 
 
 def labelled_by(posterior, rows, sharper=1.0, seed=0):
-    """Batches whose labels are drawn from the posterior's mean prediction, its logits multiplied."""
-    batches = token_batches(rows, seed=seed)
+    """A batch whose labels are drawn from the posterior's mean prediction, its logits multiplied."""
+    batches = token_batches(rows, batch_size=rows, seed=seed)
     generator = torch.Generator().manual_seed(seed)
     for batch in batches:
         unlabelled = {name: value for name, value in batch.items() if name != "labels"}
@@ -169,8 +172,8 @@ def labelled_by(posterior, rows, sharper=1.0, seed=0):
 def test_the_pit_of_certain_draws_is_the_randomised_pit_of_its_probabilities():
     # Draws that are all alike have equal weights: leaving a row out changes nothing.
     posterior = gaussian(prepared(head="frozen"), sd=1e-7, loc=0.5)
-    found = arviz_plots.loo_pit_values(posterior, token_batches(), draws=30, seed=3)
-    prediction = lb.predict(posterior, token_batches(), at="mean")
+    found = arviz_plots.loo_pit_values(posterior, ROWS, draws=30, seed=3)
+    prediction = lb.predict(posterior, ROWS, at="mean")
     probs, labels = prediction.probs.double().numpy(), prediction.labels.numpy()
     below = np.array([row[:label].sum() for row, label in zip(probs, labels, strict=True)])
     step = probs[np.arange(40), labels]
@@ -189,17 +192,17 @@ def test_the_pit_is_uniform_where_labels_are_as_random_as_predicted_and_not_wher
 def test_the_pit_leaves_its_row_out():
     # Weights 1 / p(y | draw) against two draws, one sure of the label and one not: in closed form.
     posterior = chains(count=1, draws=2, sd=2.0)
-    log_probs = lb.predict(posterior, token_batches(), draws=2).logits.double().log_softmax(-1)
-    labels = torch.cat([batch["labels"] for batch in token_batches()])
+    log_probs = lb.predict(posterior, ROWS, draws=2).logits.double().log_softmax(-1)
+    labels = torch.cat([batch["labels"] for batch in ROWS])
     likelihood = log_probs.exp()[:, torch.arange(40), labels]
     weights = likelihood.reciprocal() / likelihood.reciprocal().sum(0)
     left_out = torch.einsum("sn,snc->nc", weights, log_probs.exp()).numpy()
-    found = arviz_plots.loo_pit_values(posterior, token_batches())
+    found = arviz_plots.loo_pit_values(posterior, ROWS)
     below = np.array([row[:label].sum() for row, label in zip(left_out, labels, strict=True)])
     step = left_out[np.arange(40), labels]
     # The place within the step is the same random number for every posterior.
-    other = arviz_plots.loo_pit_values(gaussian(sd=1e-7), token_batches(), draws=30)
-    base = lb.predict(gaussian(sd=1e-7), token_batches(), at="mean").probs.double().numpy()
+    other = arviz_plots.loo_pit_values(gaussian(sd=1e-7), ROWS, draws=30)
+    base = lb.predict(gaussian(sd=1e-7), ROWS, at="mean").probs.double().numpy()
     base_below = np.array([row[:label].sum() for row, label in zip(base, labels, strict=True)])
     place = (other - base_below) / base[np.arange(40), labels]
     np.testing.assert_allclose(found, below + place * step, atol=1e-4)
@@ -207,8 +210,8 @@ def test_the_pit_leaves_its_row_out():
 
 def test_the_pit_picture_holds_the_empirical_distribution():
     posterior = gaussian()
-    figure = arviz_plots.loo_pit(posterior, token_batches())
-    values = arviz_plots.loo_pit_values(posterior, token_batches())
+    figure = arviz_plots.loo_pit(posterior, ROWS)
+    values = arviz_plots.loo_pit_values(posterior, ROWS)
     (axes,) = figure.axes
     x, y = max((line.get_xydata().T for line in axes.lines), key=lambda line: len(line[0]))
     at = np.linspace(0.05, 0.95, 10)
@@ -223,7 +226,7 @@ def test_no_pit_without_classes_a_density_or_all_rows():
         arviz_plots.loo_pit_values(gaussian(problem.model), problem.batches(24))
     model = prepared()
     with pytest.raises(TypeError, match="density"):
-        arviz_plots.loo_pit(lb.Posterior(model, lb.guides.Delta()(model), lb.guides.Delta()), token_batches())
+        arviz_plots.loo_pit(lb.Posterior(model, lb.guides.Delta()(model), lb.guides.Delta()), ROWS)
     with pytest.raises(ValueError, match="40 rows"):
         arviz_plots.loo_pit(gaussian(), token_batches(24))
 
@@ -234,10 +237,10 @@ def test_no_pit_without_classes_a_density_or_all_rows():
 def test_compare_ranks_by_leave_one_out_density():
     model = prepared(head="frozen")
     posteriors = {"far": gaussian(model, sd=0.05, loc=3.0), "near": gaussian(model, sd=0.05), "chains": chains(model)}
-    figure = arviz_plots.compare(posteriors, token_batches())
+    figure = arviz_plots.compare(posteriors, ROWS)
     (axes,) = figure.axes
     named = {label.get_text(): place for place, label in zip(axes.get_yticks(), axes.get_yticklabels(), strict=True)}
-    loo = {name: float(psis_loo(posteriors[name], token_batches()).total.value) for name in ("far", "near")}
+    loo = {name: float(psis_loo(posteriors[name], ROWS).total.value) for name in ("far", "near")}
     assert set(posteriors) <= set(named)
     drawn = points(figure)
     for name, value in loo.items():
@@ -251,17 +254,17 @@ def test_chains_have_arviz_own_leave_one_out_density():
     import arviz as az
 
     posterior = chains(count=4, draws=100)
-    found = psis_loo(posterior, token_batches(), 400, 0)
-    own = az.loo(posterior.to_arviz(token_batches()), pointwise=True)
+    found = psis_loo(posterior, ROWS, 400, 0)
+    own = az.loo(posterior.to_arviz(ROWS), pointwise=True)
     assert float(found.elpd.sum()) == pytest.approx(float(own.elpd if arviz_1() else own.elpd_loo), abs=0.01)
 
 
 def test_compare_wants_two_posteriors_of_the_same_rows():
     with pytest.raises(ValueError, match="two or more"):
-        arviz_plots.compare({"one": gaussian()}, token_batches())
+        arviz_plots.compare({"one": gaussian()}, ROWS)
     other = gaussian(prepared(head="frozen", rows=24))
     with pytest.raises(ValueError, match="N=24 rows"):
-        arviz_plots.compare({"one": gaussian(), "other": other}, token_batches())
+        arviz_plots.compare({"one": gaussian(), "other": other}, ROWS)
 
 
 # --- calibration and summary
@@ -270,11 +273,11 @@ def test_compare_wants_two_posteriors_of_the_same_rows():
 def test_pava_has_a_panel_per_class_or_says_what_it_needs():
     if not arviz_1():
         with pytest.raises(NotImplementedError, match="ArviZ 1.x"):
-            arviz_plots.pava(gaussian(), token_batches())
+            arviz_plots.pava(gaussian(), ROWS)
         return
-    figure = arviz_plots.pava(gaussian(loc=1.0), token_batches(), draws=50)
+    figure = arviz_plots.pava(gaussian(loc=1.0), ROWS, draws=50)
     assert len(figure.axes) == 3
-    unlabelled = [{k: v for k, v in batch.items() if k != "labels"} for batch in token_batches()]
+    unlabelled = [{k: v for k, v in batch.items() if k != "labels"} for batch in ROWS]
     with pytest.raises(ValueError, match="label"):
         arviz_plots.pava(gaussian(), unlabelled)
 

@@ -244,6 +244,7 @@ def quantised_by_torchao():
     return network
 
 
+@pytest.mark.chosen_head_scale
 @pytest.mark.parametrize(
     ("build", "error"),
     [

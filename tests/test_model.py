@@ -13,6 +13,7 @@ from pyro.infer.autoguide import AutoLowRankMultivariateNormal, AutoMultivariate
 from test_tasks import tiny_llama
 
 import pyro_lrblora as lb
+from pyro_lrblora.probe import choose_scale
 
 GUIDES = [lb.guides.Delta(), lb.guides.Diagonal(), lb.guides.LowRank(2), lb.guides.LowRankPrecision(2)]
 PRIORS = [
@@ -92,9 +93,7 @@ def test_rowwise_and_shared_elbo_agree_in_expectation(spec):
     problem = LinearGaussian(rank=2)
     model, guide = problem.model, spec(problem.model)
     batch = {name: value[:8] for name, value in problem.batch.items()}  # 8 of 24 rows: the plate scales by 3
-    estimate = lambda program, proposal: torch.tensor(
-        [Trace_ELBO().loss(program, proposal, batch) for _ in range(1500)]
-    )
+    estimate = lambda program, proposal: torch.tensor([Trace_ELBO().loss(program, proposal, batch) for _ in range(600)])
     shared, rowwise = estimate(model, guide), estimate(model.rowwise, guide.rowwise)
     error = (shared.var() / len(shared) + rowwise.var() / len(rowwise)).sqrt()
     assert (shared.mean() - rowwise.mean()).abs() < 4 * error
@@ -145,6 +144,13 @@ def test_probe_is_the_logistic_regression_of_scikit_learn():
     torch.testing.assert_close(
         model.head_start["classifier.weight"], torch.tensor(reference.coef_).float(), atol=2e-3, rtol=1e-2
     )
+
+
+@pytest.mark.parametrize("sd", [0.5, 4.0])
+def test_the_chosen_scale_is_near_the_one_that_weights_were_drawn_from(sd):
+    features = torch.randn(600, 12).double() / 12**0.5  # of length 1: so are the units that scales are tried in
+    labels = torch.distributions.Categorical(logits=sd * features @ torch.randn(12, 3).double()).sample()
+    assert sd / 2 < choose_scale(features, labels, 3, True) < 2 * sd
 
 
 def test_probe_reads_the_token_the_network_pools():
@@ -208,6 +214,7 @@ def test_prior_scale_must_be_positive(prior, scale):
         prior(scale=scale)
 
 
+@pytest.mark.chosen_head_scale
 @pytest.mark.parametrize("projection", [lb.projections.Gradient(), lb.projections.Random()], ids=repr)
 def test_a_prepared_model_is_prepared_anew(projection):
     """Folds of a cross-validation must not share what the first one has seen."""

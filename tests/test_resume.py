@@ -83,7 +83,10 @@ def test_a_resumed_fit_is_the_uninterrupted_one(options, tmp_path):
 @pytest.mark.parametrize(
     "model",
     [
-        lambda: fresh_model(lb.priors.Learned(lb.priors.LayerScale(0.1)), head="bayesian", head_scale=None),
+        pytest.param(
+            lambda: fresh_model(lb.priors.Learned(lb.priors.LayerScale(0.1)), head="bayesian", head_scale=None),
+            marks=pytest.mark.chosen_head_scale,
+        ),
         lambda: fresh_model(projection=lb.projections.SVD(), head=HEAD),
         lambda: fresh_model().prepare(REVIEWS),
         lambda: lb.BayesianLoRA(tiny_bert(), lb.LoRA(2), lb.priors.Normal(1.0), tokenizer=tiny_tokenizer()),

@@ -30,7 +30,7 @@ def test_stock_guides_through_fit_predict_compare_and_arviz(guide):
 def test_pyros_laplace_is_the_exact_posterior_of_a_linear_gaussian_model():
     problem = LinearGaussian(rank=2)
     rates = lb.Rates(loc=0.02)
-    posterior = fit(problem.model, problem.batches(8), guide=AutoLaplaceApproximation, epochs=1500, rates=rates)
+    posterior = fit(problem.model, [problem.batch], guide=AutoLaplaceApproximation, epochs=1500, rates=rates)
     normal = posterior.guide.get_posterior()
     sd = torch.linalg.inv(problem.precision).diagonal().sqrt()
     assert ((normal.mean.double() - problem.mean).abs() / sd).max() < 0.05
@@ -45,10 +45,10 @@ def test_the_covariance_of_the_latents_beside_other_sites(guide):
     posterior = fit(model, problem.batches(8), guide=guide, epochs=1)
     for name, parameter in posterior.guide.named_parameters():
         parameter.data += 0.5 * torch.randn(parameter.shape) if "loc" not in name else 0
-    drawn = posterior.model.sites.join(posterior.sample(20_000, seed=0)).double()
+    drawn = posterior.model.sites.join(posterior.sample(4000, seed=0)).double()
     matrix = posterior.covariance().dense().double()
     sd = matrix.diagonal().sqrt()
-    assert ((drawn.T.cov() - matrix) / sd.outer(sd)).abs().max() < 0.06
+    assert ((drawn.T.cov() - matrix) / sd.outer(sd)).abs().max() < 0.1
     torch.testing.assert_close(posterior.covariance().variance.double(), matrix.diagonal())
 
 

@@ -430,6 +430,7 @@ def test_a_loss_that_is_not_finite_names_its_batch():
         fit(problem.model, [problem.batch | {"x": problem.batch["x"] * float("inf")}], warm_start=False)
 
 
+@pytest.mark.chosen_head_scale
 def test_a_start_brings_the_prior_of_its_head_along():
     """An unprepared model takes the scale that was cross-validated for `init`, or the head would have another prior."""
     point = fit(lb.BayesianLoRA(tiny_bert(), lb.LoRAXS(2)), guide=lb.guides.Delta())

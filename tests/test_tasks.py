@@ -397,7 +397,7 @@ def test_heteroscedastic_probe_finds_mean_and_noise():
     assert (found.mean - labels).square().mean().sqrt().item() < 0.6
 
 
-@pytest.mark.parametrize("rows", [6, 7, 11])
+@pytest.mark.parametrize("rows", [6, 11])
 def test_the_scale_of_a_probe_of_few_numbers_is_cross_validated(rows):
     """Fewer rows than features can be fitted without any noise, which held-out rows tell."""
     torch.manual_seed(rows)
