@@ -16,7 +16,7 @@ from pyro_lrblora import arviz_plots
 from pyro_lrblora.arviz_io import arviz_1
 from pyro_lrblora.evidence import LOO, psis_loo
 
-ROWS = token_batches(batch_size=40)  # at once, since small batches take as long
+ROWS = token_batches(batch_size=40)  # in one batch: a small one takes as long
 pytestmark = pytest.mark.filterwarnings("ignore::pyro_lrblora.ScalesNotConverged")
 
 

@@ -10,6 +10,7 @@ from truth import (
     CASES,
     best_diagonal,
     best_low_rank,
+    fast,
     fit,
     fitted_kl,
     shared_target,
@@ -21,19 +22,6 @@ from pyro_lrblora.diagnostics.reference import against_reference
 from pyro_lrblora.infer.elbo import PartedELBO
 from pyro_lrblora.posterior import local_parameters
 
-FAST = lb.Rates(loc=0.1, scale=0.05, factor=0.1)
-# The table of `make truth` fits for longer, and comes closer.
-FEWER = {
-    "Diagonal": {"epochs": 500, "rates": FAST},
-    "LowRank": {"particles": 2, "rates": FAST},
-    "LowRankPrecision": {"particles": 2, "rates": FAST},
-    "BlockLowRank": {"epochs": 800, "rates": FAST},
-    "MatrixNormal": {"epochs": 800, "rates": FAST},
-    "RotatedDiagonal": {"epochs": 500, "rates": FAST},
-    "Flow": {"particles": 2},
-    "Mixture": {"epochs": 1000, "rates": FAST},
-}
-
 
 @pytest.fixture(scope="module")
 def problem():
@@ -43,12 +31,12 @@ def problem():
 @pytest.fixture(scope="module")
 def mode(problem):
     # With two modules the normal equations are badly conditioned: the point needs many steps to be the mode.
-    return fit(problem, lb.guides.Delta(), epochs=1000, rates=FAST)
+    return fit(problem, lb.guides.Delta(), **fast(1000))
 
 
 @pytest.mark.parametrize("case", CASES, ids=label)
 def test_a_family_reaches_the_best_it_can_do(problem, case):
-    posterior = fit(problem, case.guide, **case.options | FEWER.get(type(case.guide).__name__, {}))
+    posterior = fit(problem, case.guide, **case.options | case.quick)
     reached = fitted_kl(problem, posterior)
     if case.best is None:
         assert reached < 0.4 * best_diagonal(problem)
@@ -63,7 +51,7 @@ def test_a_family_reaches_the_best_it_can_do(problem, case):
 def test_a_cold_start_arrives_near(problem, guide, share):
     """From random columns LowRank stops at a stationary point that is not the best one; the warm start finds that."""
     form = "precision" if "Precision" in repr(guide) else "covariance"
-    reached = fitted_kl(problem, fit(problem, guide, warm_start=False, epochs=1000, rates=FAST, **ANTITHETIC))
+    reached = fitted_kl(problem, fit(problem, guide, warm_start=False, **fast(1000), **ANTITHETIC))
     best = best_low_rank(problem, form, 3)
     assert reached < (1 + share) * best
 
@@ -75,13 +63,13 @@ def test_where_a_diagonal_must_fail_a_low_rank_does_not(problem):
     assert known > 2
     assert abs(best_diagonal(problem) - float(known)) < 1e-6
     for guide in (lb.guides.LowRank(17), lb.guides.LowRankPrecision(17)):
-        assert fitted_kl(problem, fit(problem, guide, epochs=500, rates=FAST, **ANTITHETIC)) < 0.1 * float(known)
+        assert fitted_kl(problem, fit(problem, guide, **fast(500), **ANTITHETIC)) < 0.1 * float(known)
 
 
 @pytest.mark.parametrize("kl", ["closed", "mc"])
 @pytest.mark.parametrize("draws", ["row", "shared"])
 def test_diagonal_reaches_the_best_diagonal_however_it_is_estimated(problem, kl, draws):
-    posterior = fit(problem, lb.guides.Diagonal(), kl=kl, draws=draws, epochs=500, rates=FAST)
+    posterior = fit(problem, lb.guides.Diagonal(), kl=kl, draws=draws, **fast(500))
     reached, best = fitted_kl(problem, posterior), best_diagonal(problem)
     assert best - 1e-3 < reached < best + max(0.05 * best, 0.02)
 
