@@ -31,10 +31,11 @@ TRAIN, HELD = tiny_reviews(16), tiny_reviews(8, seed=1)
 SHORT = {"steps": 2, "batch_size": 8, "progress": False}
 
 
-def model(device, adapter=lb.LoRAXS(2), prior=P.Normal(0.1), head_scale=1.0, **options):
-    """With a scale of the head, since cross-validating one takes seconds on a stand-in."""
+def model(device, adapter=lb.LoRAXS(2), prior=P.Normal(0.1), probe=False, **options):
+    """Without a probe, which would take as long as the rest; cases about it, and `choices` and `numbers`, have one."""
     network, words = tiny_bert().to(device), tiny_tokenizer()
-    return lb.BayesianLoRA(network, adapter, prior, tokenizer=words, head_scale=head_scale, **options)
+    whole = lb.BayesianLoRA(network, adapter, prior, tokenizer=words, head_scale=1.0, **options)
+    return whole.prepare(TRAIN, probe=probe)
 
 
 def fitted(device, adapter=lb.LoRAXS(2), prior=P.Normal(0.1), head="point", **options):
@@ -144,6 +145,7 @@ CASES: dict[str, Callable] = {
         J.WhitenedSVD(), J.Gradient(), J.Random(), J.DCT(), J.Hybrid((J.SVD(), J.DCT()), (1, 1)),
     )},
     "LoRA": fits(adapter=lb.LoRA(2)),
+    "a probed head": lambda device: predicted(lb.fit(model(device, probe=True), TRAIN, **SHORT)),
     "a Bayesian head": fits(head="bayesian"),
     "Monte Carlo": fits(kl="mc", draws="shared", particles=2, antithetic=True, path_derivative=True, accumulate=2),
     "from a point": fits(map_epochs=1),
