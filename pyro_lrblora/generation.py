@@ -51,11 +51,12 @@ def generate(
         antithetic: as in predict.
         precision: "fp32", "bf16" or "fp16".
         tokenizer: for texts, where the model has none.
-        options: of transformers' generate, such as repetition_penalty; beams are not among them.
+        options: of transformers' generate, such as repetition_penalty; beams, stop_strings and generation_config are
+            not among them.
 
     Raises:
-        ValueError: draws < 1, no prompts, texts without a tokenizer that pads, beams, a network that cannot generate or
-            whose context is too short.
+        ValueError: draws < 1, no prompts, texts without a tokenizer that pads, beams, stop_strings, a network that
+            cannot generate or whose context is too short.
     """
     model = posterior.model
     tokenizer = tokenizer or model.tokenizer
@@ -70,11 +71,20 @@ def generate(
         raise ValueError(
             "expected one sequence per prompt and no beams; write do_sample=True and another seed for more"
         )
+    options.pop("num_beams", None)  # 1, which is said below
     if any(name not in model.sites.shapes for name in posterior.mean() if name in model.head_start):
         raise ValueError("expected a language model without a Bayesian head")
-    ours = sorted({"return_dict_in_generate", "logits_processor", "max_length"} & set(options))
+    ours = sorted({"return_dict_in_generate", "logits_processor", "max_length", "generation_config"} & set(options))
     if ours:
-        raise ValueError(f"expected other options of generate, got {ours}; write max_new_tokens= for a length")
+        raise ValueError(
+            f"expected other options of generate, got {ours}; write each option by itself, max_new_tokens= for a length"
+        )
+    # A row that ended with a string is filled up until the last one ends, and no token tells where that begins.
+    if options.get("stop_strings") is not None:
+        raise ValueError(
+            f"expected texts to end with a token, got stop_strings={options['stop_strings']!r}; write eos_token_id= "
+            "with the numbers of the tokens that end one"
+        )
     inputs = _encoded(prompts, tokenizer, network.config.is_encoder_decoder)
     values = posterior.mean() if at else posterior.sample(draws, seed=seed, antithetic=antithetic)
     values = {name: values[name].unsqueeze(0) if at else values[name] for name in model.sites.shapes}

@@ -7,7 +7,7 @@ import torch
 from conftest import tiny_bert, tiny_reviews, tiny_tokenizer, token_batches
 
 import pyro_lrblora as lb
-from pyro_lrblora.data import as_batches
+from pyro_lrblora.data import as_batches, check_class_order
 from pyro_lrblora.data.columns import text_columns
 from pyro_lrblora.reviews import reviews
 
@@ -41,7 +41,9 @@ def test_sorting_by_length_saves_padding_and_tells_the_order():
     assert torch.equal(labels, batches.labels[torch.as_tensor(batches.order)])
 
 
-@pytest.mark.parametrize("names", [("premise", "hypothesis"), ("sentence1", "sentence2"), ("text",), ("review",)])
+@pytest.mark.parametrize(
+    "names", [("premise", "hypothesis"), ("sentence1", "sentence2"), ("text", "text_pair"), ("text",), ("review",)]
+)
 def test_text_columns_are_found(names):
     texts = tiny_reviews(6)["text"]
     data = datasets.Dataset.from_dict({"id": list(range(6))} | dict.fromkeys(names, texts) | {"label": [0, 1] * 3})
@@ -182,6 +184,37 @@ def test_tokens_may_be_numbers_of_another_library(form):
     data = tiny_reviews(4).map(lambda row: words(row["text"]), remove_columns="text")
     expected, found = (next(iter(lb.Batches(rows, words))) for rows in (data, data.with_format(form)))
     assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+def test_a_format_of_tokens_alone_keeps_the_labels():
+    words = tiny_tokenizer()
+    data = tiny_reviews(4).map(lambda row: words(row["text"]))
+    batches = lb.Batches(data.with_format("torch", columns=["input_ids", "attention_mask"]), words)
+    assert batches.labels.tolist() == data["label"]
+
+
+def test_a_test_set_whose_labels_are_all_none_is_predicted_as_one_without():
+    model, data = lb.BayesianLoRA(tiny_bert(), lb.LoRAXS(2), tokenizer=tiny_tokenizer()), tiny_reviews(8)
+    posterior = lb.fit(model, data, guide=lb.guides.Delta(), epochs=1, progress=False)
+    hidden = data.remove_columns("label").add_column("label", [None] * 8)
+    assert lb.predict(posterior, hidden, draws=1).labels is None
+    with pytest.raises(ValueError, match="'label' or 'labels'"):
+        lb.fit(model, hidden, progress=False)
+
+
+def test_a_class_that_a_test_set_lacks_does_not_shift_those_after_it():
+    def named(names):
+        return tiny_reviews(12, classes=2).cast_column("label", datasets.ClassLabel(names=names))
+
+    own, other = ["neg", "neu", "pos"], named(["neg", "pos"])
+    with pytest.raises(ValueError, match=r"model's order, .*'neu', .* got \['neg', 'pos'\]; write .*, 'label'\)$"):
+        check_class_order(own, other.features["label"].names, "data")
+    aligned = other.align_labels_with_mapping({"neg": 0, "neu": 1, "pos": 2}, "label")
+    check_class_order(own, aligned.features["label"].names, "data")
+    assert aligned["label"] == [2 * label for label in other["label"]]
+    with pytest.raises(ValueError, match=r"once the rows of \['mixed'\] are dropped"):
+        check_class_order(own, ["mixed", "neu", "neg"], "data")
+    check_class_order(own, ["neg", "not neg"], "data")
 
 
 def test_labels_in_a_list_are_refused():

@@ -143,6 +143,8 @@ def test_nothing_is_written_after_the_end_where_there_is_no_padding_token():
         ({"return_dict_in_generate": True}, "other options of generate"),
         ({"logits_processor": []}, "other options of generate"),
         ({"max_length": 10}, "max_new_tokens="),
+        ({"generation_config": {"max_new_tokens": 3}}, "write each option by itself"),
+        ({"stop_strings": ["."]}, "write eos_token_id="),
     ],
     ids=str,
 )
@@ -159,7 +161,7 @@ def test_what_a_tokenizer_returned_is_a_prompt(side):
     tokenizer = posterior.model.tokenizer
     tokenizer.padding_side = side
     encoded = tokenizer(texts, padding=True, return_tensors="pt")
-    options = {"draws": 2, "max_new_tokens": 4}
+    options = {"draws": 2, "max_new_tokens": 4, "num_beams": 1}
     assert lb.generate(posterior, encoded, **options).texts == lb.generate(posterior, texts, **options).texts
 
 

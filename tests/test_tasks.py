@@ -8,6 +8,7 @@ import transformers
 from conftest import LinearNetwork, tiny_bert, tiny_tokenizer
 from pyro.infer import Trace_ELBO
 from scipy import integrate, stats
+from tokenizers.processors import TemplateProcessing
 
 import pyro_lrblora as lb
 from pyro_lrblora.likelihoods import label_site
@@ -290,6 +291,23 @@ def test_letters_are_read_after_the_last_token(side):
             torch.testing.assert_close(found[number], expected, atol=1e-3, rtol=1e-3)
 
 
+def test_letters_leave_out_an_end_that_the_tokenizer_adds():
+    plain, ending = letter_tokenizer(), letter_tokenizer()
+    ending.eos_token = "[UNK]"
+    end = ("[UNK]", ending.unk_token_id)
+    ending.backend_tokenizer.post_processor = TemplateProcessing(single="$A [UNK]", special_tokens=[end])
+    assert ending("good film")["input_ids"][-1] == ending.eos_token_id
+    own = {"template": "{question} {choices} :", "max_length": 32}
+    for found, expected in zip(*(lb.data.Letters(tiny_items(6), t, **own) for t in (ending, plain)), strict=True):
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_more_choices_than_letters_are_refused():
+    items = datasets.Dataset.from_dict({"question": ["film"], "choices": [["good"] * 27], "label": [26]})
+    with pytest.raises(ValueError, match="at most 26 choices, a letter each, got 27"):
+        lb.data.Letters(items, letter_tokenizer())
+
+
 def letter_tokenizer():
     from tokenizers import Tokenizer, models, pre_tokenizers
 
@@ -309,8 +327,12 @@ def letter_tokenizer():
             "same number of choices",
         ),
         (lambda row: {"choices": [" ", *row["choices"][1:]]}, "a text for every choice"),
+        (lambda row: {"choices": [None, *row["choices"][1:]]}, "a text for every choice"),
+        (lambda row: {"question": None}, "texts in column 'question', got None in row 0"),
         (lambda row: {"question": "good " * 40}, "at most 16 tokens"),
         (lambda row: {"label": 7}, "expected labels 0..2"),
+        (lambda row: {"label": "A"}, "numbers in the label column 'label', got 'A' in row 0"),
+        (lambda row: {"label": row["label"] or None}, "numbers in the label column 'label', got None in row"),
     ],
 )
 @pytest.mark.parametrize("form", [lb.data.Choices, lb.data.Letters])
@@ -320,6 +342,21 @@ def test_bad_items_are_refused(form, change, message):
     assert data.rows == 12
     with pytest.raises(ValueError, match=message):
         form(items.map(change), tiny_tokenizer(), max_length=30 if "tokens" not in message else 16)
+
+
+@pytest.mark.parametrize("form", [lb.data.Choices, lb.data.Letters])
+def test_items_whose_labels_are_all_none_have_no_labels(form):
+    items = tiny_items(6).map(lambda row: {"label": None})
+    assert form(items, tiny_tokenizer(), max_length=30).labels is None
+
+
+def test_a_format_of_questions_alone_keeps_the_rest_of_the_items():
+    items = tiny_items(6)
+    expected, found = (
+        next(iter(lb.data.Choices(rows, tiny_tokenizer(), max_length=20)))
+        for rows in (items, items.with_format("numpy", columns=["question"]))
+    )
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
 def test_a_letter_that_is_not_in_the_vocabulary_is_refused():

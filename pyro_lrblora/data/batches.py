@@ -98,7 +98,8 @@ class Batches(EncodedBatches):
         dataset: with one or two text columns and, for training and scoring, a label column; or with "input_ids".
         tokenizer: of the network; needs a padding token.
         text: the text column or the pair of them; None looks for the usual names.
-        label: the label column; None takes "label" or "labels" where there is one.
+        label: the label column; None takes "label" or "labels" where there is one. A column without a label in any row
+            counts as none.
         batch_size: rows per batch.
         max_length: tokens per row, longer ones are cut; None is the tokenizer's own limit, at most 512.
         shuffle: a seed for a new order in every epoch; None keeps the order.
@@ -211,13 +212,16 @@ def in_one_order(data):
 
 
 def check_class_order(own: Sequence[str] | None, names: Sequence[str] | None, role: str) -> None:
-    """Raise a ValueError where data have the classes of a model in another order, which would pass for wrong labels."""
-    if own is None or names is None or list(own) == list(names) or sorted(own) != sorted(names):
+    """Raise a ValueError where a class of a model has another number in data, which would pass for wrong labels."""
+    mapping = {name: number for number, name in enumerate(own or ())}
+    names = list(names or ())
+    if all(mapping.get(name, number) == number for number, name in enumerate(names)):
         return
-    mapping = {name: number for number, name in enumerate(own)}
+    others = [name for name in names if name not in mapping]
     raise ValueError(
-        f"expected the classes of the {role} in the model's order, {list(own)}, got {list(names)}; write "
+        f"expected the classes of the {role} in the model's order, {list(mapping)}, got {names}; write "
         f"dataset.align_labels_with_mapping({mapping}, 'label')"
+        + (f" once the rows of {others} are dropped" if others else "")
     )
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .batches import Batches, EncodedBatches
-from .columns import check_columns, check_encodable, token_limit
+from .columns import check_columns, check_encodable, read_labels, read_rows, read_texts, token_limit
 from .texts import without_end
 
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -24,7 +24,8 @@ class Choices(EncodedBatches):
     Args:
         dataset: a column of questions, one of lists of choices, and the index of the right one.
         tokenizer: of the network; needs a padding token.
-        question, choices, label: the columns' names. Without a label column there are no labels.
+        question, choices, label: the columns' names. Without a label column, or a label in any row of it, there are
+            no labels.
         pair: encode question and choice as a pair of segments (encoders). False: as one text, with "answer_mask" (B,
             C, T) for the choice's tokens (language models).
         batch_size: items per batch.
@@ -87,7 +88,7 @@ class Letters(Batches):
         options: batch_size, max_length, shuffle, by_length, as for Choices.
 
     Raises:
-        ValueError, KeyError: as for Choices.
+        ValueError, KeyError: as for Choices; more choices than letters.
     """
 
     def __init__(
@@ -103,10 +104,15 @@ class Letters(Batches):
         **options,
     ):
         questions, rows, labels = _items(dataset, tokenizer, question, choices, label)
-        prompts = list(_prompts(questions, rows, template))
-        _check_lengths([len(ids) for ids in tokenizer(prompts)["input_ids"]], tokenizer, max_length, 1)
-        columns = {"text": prompts} | ({} if labels is None else {"label": labels.tolist()})
-        super().__init__(datasets.Dataset.from_dict(columns), tokenizer, text="text", max_length=max_length, **options)
+        if len(rows[0]) > len(_LETTERS):
+            raise ValueError(f"expected at most {len(_LETTERS)} choices, a letter each, got {len(rows[0])}")
+        encoded = tokenizer(list(_prompts(questions, rows, template)))
+        lengths = [len(without_end(ids, tokenizer)) for ids in encoded["input_ids"]]
+        _check_lengths(lengths, tokenizer, max_length, 1)
+        cut = lambda column: [row[:length] for row, length in zip(column, lengths, strict=True)]
+        columns = {name: cut(column) for name, column in encoded.items()}
+        columns |= {} if labels is None else {"label": labels.tolist()}
+        super().__init__(datasets.Dataset.from_dict(columns), tokenizer, max_length=max_length, **options)
 
 
 def _prompts(questions: Sequence[str], rows: Sequence[Sequence[str]], template: str) -> Iterator[str]:
@@ -119,13 +125,14 @@ def _items(dataset, tokenizer, question: str, choices: str, label: str):
     """Questions, lists of choices and labels, checked."""
     check_encodable(dataset, tokenizer)
     check_columns(dataset, question, choices)
-    nested = next((row for row in dataset[choices] if isinstance(row, Mapping | str)), None)
+    listed = read_rows(dataset, choices)
+    nested = next((row for row in listed if isinstance(row, Mapping | str)), None)
     if nested is not None:
         raise ValueError(
             f"expected lists of texts in column {choices!r}, got {nested!r}; write dataset.map(lambda row: "
             f"{{{choices!r}: row[{choices!r}]['text']}}) where the texts lie under 'text'"
         )
-    options = [[str(choice) for choice in row] for row in dataset[choices]]
+    options = [["" if choice is None else str(choice) for choice in row] for row in listed]
     counts = [len(row) for row in options]
     if len(set(counts)) > 1 or counts[0] < 2:
         usual = max(set(counts), key=counts.count)
@@ -138,10 +145,10 @@ def _items(dataset, tokenizer, question: str, choices: str, label: str):
     empty = [number for number, row in enumerate(options) if not all(choice.strip() for choice in row)]
     if empty:
         raise ValueError(f"expected a text for every choice, got an empty one in item(s) {empty[:5]}; drop those items")
-    labels = torch.as_tensor(dataset[label]) if label in dataset.column_names else None
+    labels = read_labels(dataset, label) if label in dataset.column_names else None
     if labels is not None and not 0 <= int(labels.min()) <= int(labels.max()) < counts[0]:
         raise ValueError(f"expected labels 0..{counts[0] - 1}, got {int(labels.min())}..{int(labels.max())}")
-    return list(dataset[question]), options, labels
+    return read_texts(dataset, question), options, labels
 
 
 def _continued(tokenizer, flat: Sequence[tuple[str, str]]) -> dict[str, list]:

@@ -16,6 +16,7 @@ _TEXT_COLUMNS = (
     ("premise", "hypothesis"),
     ("question", "passage"),
     ("question", "sentence"),
+    ("text", "text_pair"),
     ("text",),
     ("sentence",),
 )
@@ -46,6 +47,11 @@ def check_columns(dataset: datasets.Dataset, *names: str) -> None:
         raise KeyError(f"expected column(s) {missing} in the data, got columns {dataset.column_names}")
 
 
+def read_rows(dataset: datasets.Dataset, name: str) -> Sequence:
+    """A column as it is stored: a format may leave it out, or make numbers of it that no tokenizer pads."""
+    return dataset.with_format(None)[name]
+
+
 def encode(
     dataset: datasets.Dataset, tokenizer, text: str | Sequence[str] | None, max_length: int | None
 ) -> dict[str, list]:
@@ -53,19 +59,10 @@ def encode(
     columns = dataset.column_names
     if text is None and "input_ids" in columns:
         kept = [name for name in tokenizer.model_input_names if name in columns]
-        rows = dataset.with_format(None)  # numpy's or torch's numbers are not what a tokenizer pads
-        return {name: [list(row) for row in rows[name]] for name in kept}
+        return {name: [list(row) for row in read_rows(dataset, name)] for name in kept}
     names = text_columns(dataset, text)
     limit = token_limit(tokenizer, max_length)
-    texts = [list(dataset[name]) for name in names]
-    for name, column in zip(names, texts, strict=True):
-        wrong = next((row for row, value in enumerate(column) if not isinstance(value, str)), None)
-        if wrong is not None:
-            raise ValueError(
-                f"expected texts in column {name!r}, got {column[wrong]!r} in row {wrong}; drop those rows with "
-                f"dataset.filter(lambda row: isinstance(row[{name!r}], str))"
-            )
-    encoded = tokenizer(*texts, truncation=True, max_length=limit)
+    encoded = tokenizer(*(read_texts(dataset, name) for name in names), truncation=True, max_length=limit)
     return {name: encoded[name] for name in encoded}
 
 
@@ -92,9 +89,23 @@ def text_columns(dataset: datasets.Dataset, text: str | Sequence[str] | None) ->
     )
 
 
-def read_labels(dataset: datasets.Dataset, label: str) -> Tensor:
-    """The label column, (N, ...)."""
-    values = np.asarray(dataset[label])
+def read_texts(dataset: datasets.Dataset, name: str) -> list[str]:
+    """A column of texts; a ValueError where a row has none."""
+    texts = list(read_rows(dataset, name))
+    wrong = next((row for row, value in enumerate(texts) if not isinstance(value, str)), None)
+    if wrong is not None:
+        raise ValueError(
+            f"expected texts in column {name!r}, got {texts[wrong]!r} in row {wrong}; drop those rows with "
+            f"dataset.filter(lambda row: isinstance(row[{name!r}], str))"
+        )
+    return texts
+
+
+def read_labels(dataset: datasets.Dataset, label: str) -> Tensor | None:
+    """The label column, (N, ...); None where no row has a label."""
+    values = np.asarray(read_rows(dataset, label))
+    if all(value is None for value in values.flat):
+        return None
     if values.dtype.kind not in "iufb":
         row = next(row for row, value in enumerate(values.tolist()) if not isinstance(value, int | float))
         raise ValueError(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .batches import IGNORED, EncodedBatches
-from .columns import check_columns, check_encodable, token_limit
+from .columns import check_columns, check_encodable, read_texts, token_limit
 
 
 class Texts(EncodedBatches):
@@ -58,7 +58,7 @@ class Texts(EncodedBatches):
             raise ValueError("expected packed=False with prompt=: packing would cut prompts from their answers")
         limit = token_limit(tokenizer, max_length)
         last = [tokenizer.eos_token_id] if end and tokenizer.eos_token_id is not None else []
-        encode = lambda column, **how: tokenizer(list(dataset[column]), **how)["input_ids"]
+        encode = lambda column, **how: tokenizer(read_texts(dataset, column), **how)["input_ids"]
         bare = lambda ids: without_end(ids, tokenizer)
         self._start, self.for_decoder = None, decoder is not None
         sources = []
