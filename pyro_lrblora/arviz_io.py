@@ -23,9 +23,14 @@ def to_arviz(posterior: Posterior, data=None, draws: int | None = None, seed: in
 
     Groups: posterior, prior and sample_stats (log_q, the guide's log density in nats, where it has one); with data
     also posterior_predictive, and with labels log_likelihood and observed_data. Given texts are scored, not predicted:
-    log_likelihood holds "text", nats of each whole text, observed_data "tokens" (-100 where one is not scored), and
-    there is no posterior_predictive. Stored draws keep their chains; any others are independent: one chain, no R-hat or
-    ESS to look at. Latent sites have the dims (module, row, col), with module names as coordinates.
+    log_likelihood holds "text", nats of each whole text, observed_data "tokens" (-100 in place of prompts and padding;
+    a row's first token may be there though a decoder does not score it), and there is no posterior_predictive. Stored
+    draws keep their chains; any others are independent: one chain, no R-hat or ESS to look at. Latent sites have the
+    dims (module, row, col), with module names as coordinates.
+
+    A point has no log_likelihood: one draw leaves no row out, and what az.loo made of it would be its training log
+    likelihood, by which the most overfitted ranks first. Of every other guide az.loo takes the draws as the exact
+    posterior's; the LOO that corrects for what they are is lb.evidence.psis_loo.
 
     Args:
         posterior: what a fit returned.
@@ -58,6 +63,8 @@ def to_arviz(posterior: Posterior, data=None, draws: int | None = None, seed: in
         elif prediction.labels is not None and not _hidden(prediction):
             groups["log_likelihood"] = by_chain({"labels": prediction.log_likelihood})
             groups["observed_data"] = {"labels": prediction.labels.numpy()}
+        if posterior.is_point:
+            groups.pop("log_likelihood", None)
     dims, coords = _dims_and_coords(posterior.model, groups["posterior"])
     return from_groups(groups, dims, coords)
 

@@ -67,10 +67,10 @@ def compare(
 
     Returns:
         A row per posterior, one for its mean alone (not of a point, nor where there are several modes), for a Laplace
-        approximation one with the linearised predictive, and one for each of them after temperature scaling. Columns:
-        accuracy, NLL (nats), ECE with its bins, Brier (of numbers RMSE, NLL, CRPS and the share inside the 90%
-        interval, of texts NLL per token and perplexity); differences of those that are means over rows from the row
-        with the best NLL, with standard errors of the paired difference over test rows; temperature, of classes;
+        approximation of classes one with the linearised predictive, one for each of them after temperature scaling.
+        Columns: accuracy, NLL (nats), ECE with its bins, Brier (of numbers RMSE, NLL, CRPS and the share inside the
+        90% interval, of texts NLL per token and perplexity); differences of those that are means over rows from the
+        row with the best NLL, with standard errors of the paired difference over test rows; temperature, of classes;
         training NLL; ELBO and PSIS-LOO, both in nats per training row, with standard errors (of the ELBO over draws,
         of LOO over rows; stored draws have LOO alone), and "high k-hat", the share of training rows whose k-hat is
         above min(1 - 1 / log10(S), 0.7), 0.41 for 50 draws, see pyro_lrblora.evidence.k_hat_threshold;
@@ -245,7 +245,7 @@ def _versions(name: str, posterior: Posterior, notes: dict[str, list[str]]) -> I
         notes.setdefault("no row for its mean, which lies between modes", []).append(name)
     elif not posterior.is_point:
         yield f"{name}, mean", "mean"
-    if posterior.settings.get("method") == "laplace":
+    if posterior.settings.get("method") == "laplace" and posterior.model.predicts_classes:
         # Away from the mode the network is not the one whose curvature was taken.
         yield f"{name}, linearised", "linearised"
 

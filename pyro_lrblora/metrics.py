@@ -24,12 +24,13 @@ def given(labels: Array | None) -> Array:
 
 
 def class_labels(labels: Array | None, count: int) -> np.ndarray:
-    """The labels (N,) as integers; a ValueError where there are none, or one is not among 0 .. count - 1."""
+    """The labels (N,) as integers; a ValueError where there are none, or one is none of 0 .. count - 1."""
     labels = _array(given(labels))
-    if len(labels) and (labels.min() < 0 or labels.max() >= count):
+    wrong = labels[~((labels >= 0) & (labels < count) & (labels == np.floor(labels)))]
+    if len(wrong):
         raise ValueError(
-            f"expected labels 0..{count - 1}, got {labels.min()}..{labels.max()}; -1 marks rows without a label in "
-            "many data sets: drop them, or the column of labels"
+            f"expected labels 0..{count - 1}, got {wrong[0]}; -1 marks rows without a label in many data sets: drop "
+            "them, or the column of labels"
         )
     return labels.astype(int)
 
@@ -223,13 +224,26 @@ def fit_temperature(log_probs: Array, labels: Array) -> float:
             no best T, and what returns is as low as the search goes; see separable.
         labels: (N,).
     """
+    # Convex in 1 / T, so with one minimum in its logarithm; bounded, because on separable rows the best T is zero.
+    loss = lambda log_inverse: tempered_nll(log_probs, labels, math.exp(-log_inverse))
+    found = optimize.minimize_scalar(loss, bounds=(-5, 5), method="bounded", options={"xatol": 1e-6})
+    return math.exp(-found.x)
+
+
+def tempered_nll(log_probs: Array, labels: Array, temperature: float) -> float:
+    """Mean NLL of softmax(log_probs / temperature) in nats, what fit_temperature minimises.
+
+    Unlike `nll` it counts a tiny probability as it is: down to a log of -1e4, which stands for zero.
+
+    Args:
+        log_probs: (N, C).
+        labels: (N,).
+        temperature: T > 0.
+    """
     # Of a probability of zero the logarithm is as good as this one, and has no limits to multiply by.
     scores = torch.as_tensor(np.maximum(_array(log_probs, float), -1e4))
     labels = torch.as_tensor(class_labels(labels, scores.shape[-1]))
-    # Convex in 1 / T, so with one minimum in its logarithm; bounded, because on separable rows the best T is zero.
-    loss = lambda log_inverse: float(torch.nn.functional.cross_entropy(scores * math.exp(log_inverse), labels))
-    found = optimize.minimize_scalar(loss, bounds=(-5, 5), method="bounded", options={"xatol": 1e-6})
-    return math.exp(-found.x)
+    return float(torch.nn.functional.cross_entropy(scores / temperature, labels))
 
 
 def separable(log_probs: Array, labels: Array) -> bool:

@@ -192,11 +192,12 @@ class Posterior:
         return {name: value.detach() for name, value in self.model.head_values().items()}
 
     def parameter_counts(self) -> dict[str, int]:
-        """How many parameters the posterior (of stored draws: the numbers stored) and the head have."""
+        """How many parameters the posterior (of stored draws: the numbers) and the head (of an ensemble: all) have."""
+        heads = self.guide.buffers(recurse=False) if isinstance(self.guide, EnsembleGuide) else self.head().values()
         return {
             "posterior": sum(p.numel() for p in self.guide.parameters())
             or sum(b.numel() for b in self.guide.buffers()),
-            "head": sum(value.numel() for value in self.head().values()),
+            "head": sum(value.numel() for value in heads),
         }
 
     def save(self, folder) -> None:

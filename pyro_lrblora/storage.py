@@ -66,11 +66,13 @@ def save(posterior: Posterior, folder) -> None:
         "history": posterior.history,
         "settings": posterior.settings,
     }
+    # First, so that a value that JSON does not have leaves no file behind.
+    card = json.loads(json.dumps(card, default=_plain_number))
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     partial = [folder / f"{name}.partial" for name in FILES]
     save_file(_plain(tensors), partial[1])
-    partial[0].write_text(json.dumps(card | {"sha256": _sha256(partial[1])}, indent=1, default=_plain_number))
+    partial[0].write_text(json.dumps(card | {"sha256": _sha256(partial[1])}, indent=1))
     # Both are whole before either takes the old one's place; a crash between the two moves shows in the hash.
     for path, name in zip(partial, FILES, strict=True):
         os.replace(path, folder / name)
@@ -258,6 +260,12 @@ def _restore(card: dict, namespace, given, role: str):
         raise ValueError(f"expected {role}= because this posterior was fitted with your own {card['own']}")
     if "autoguide" in card:
         return _autoguide(card["autoguide"])
+    if card["type"] == "Ensemble" and "own" in card["fields"]["guide"]:
+        fields = card["fields"]
+        raise ValueError(
+            f"expected guide= because this posterior is an ensemble of your own {fields['guide']['own']}; write "
+            f"guide=lb.guides.Ensemble(your guide, {fields['members']})"
+        )
     if card["type"] not in namespace.__all__:
         raise ValueError(f"expected a {role} of {namespace.__name__}, got {card['type']!r}")
 

@@ -131,6 +131,12 @@ def test_a_guide_without_density_has_no_sample_stats():
     }
 
 
+def test_a_point_has_no_log_likelihood_to_leave_rows_out_of():
+    found = groups(fit(lb.LoRAXS(2), guide=lb.guides.Delta()).to_arviz(token_batches(), draws=2))
+    assert "log_likelihood" not in found
+    assert "observed_data" in found
+
+
 def test_arviz_reads_it(tmp_path):
     data = fit(lb.LoRAXS(2)).to_arviz(token_batches(), draws=50)
     loo = az.loo(data)

@@ -227,6 +227,10 @@ def test_seconds_per_step_of_an_ensemble_count_every_members_steps(fits, reviews
     assert table.loc["ensemble", "s/step"] == pytest.approx(seconds / steps)
 
 
+def test_all_heads_of_an_ensemble_count(fits):
+    assert fits["ensemble"].parameter_counts()["head"] == 2 * (16 * 3 + 3)
+
+
 def test_every_kind_of_posterior_has_its_row(fits, reviews):
     table = lb.compare(fits, reviews["test"], train=reviews["train"], draws=2, evidence_draws=5)
     assert set(fits) < set(table.index)

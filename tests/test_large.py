@@ -372,6 +372,13 @@ def test_a_cached_subspace_is_found_again_and_nothing_else_is(projection, tmp_pa
     assert count.calls == calls + (0 if projection.statistics is None else 8)
 
 
+def test_what_is_no_tensor_in_a_batch_has_no_say_in_a_cached_subspace(tmp_path):
+    model = lb.BayesianLoRA(tiny_bert(), lb.LoRAXS(2, Gradient()))
+    model.prepare([batch | {"idx": ["a row"]} for batch in DATA], cache=tmp_path)
+    model.prepare(DATA, cache=tmp_path)
+    assert len(list(tmp_path.iterdir())) == 1
+
+
 @pytest.mark.parametrize("damage", [lambda b: b[:-20], lambda b: b"", lambda b: b[:-1] + bytes([b[-1] ^ 1])])
 def test_a_damaged_file_is_computed_again_with_a_warning(damage, tmp_path):
     model = lb.BayesianLoRA(tiny_bert(), lb.LoRAXS(2))

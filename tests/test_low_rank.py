@@ -136,6 +136,12 @@ def test_a_random_subspace_stands_beside(problem):
     }  # fmt: skip
 
 
+def test_a_null_may_have_a_precision_where_the_reference_has_too_few_draws(problem):
+    reference, random = drawn_exactly(problem, draws=60), drawn_exactly(LinearGaussian(rank=3, modules=2, seed=1))
+    found = lb.diagnose(exact(problem), [problem.batch], reference=reference, random=random, draws=4)
+    assert "effective rank of the reference (covariance)" in [check.check for check in found.checks]
+
+
 def test_a_null_that_is_none_is_refused(problem):
     chosen = lb.BayesianLoRA(problem.model.network, lb.LoRAXS(3, targets="all-linear"), size=problem.rows)
     with pytest.raises(ValueError, match=r"projections.Random\(\), got LoRAXS"):

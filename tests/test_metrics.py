@@ -183,6 +183,8 @@ def test_bootstrap_covers_the_truth():
         (np.array([[2.0, -1.0]]), np.array([0]), "probabilities"),
         (np.array([[3.0, 1.0]]), np.array([0]), "softmax"),
         (np.array([[0.5, 0.5]]), np.array([2]), "labels 0..1"),
+        (np.array([[0.5, 0.5]]), np.array([0.9]), "labels 0..1, got 0.9"),
+        (np.array([[0.5, 0.5]]), np.array([np.nan]), "labels 0..1, got nan"),
     ],
 )
 def test_bad_input(probs, labels, message):

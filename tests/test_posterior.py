@@ -5,6 +5,7 @@ import json
 import math
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 import pyro
@@ -165,7 +166,7 @@ def test_labels_that_are_no_classes_are_not_scored():
     found = lb.predict(fit(lb.guides.Delta()), batches)
     assert len(found.probs) == 40
     for scored in (lambda: found.nll, found.losses, lambda: found.log_likelihood, found.scores):
-        with pytest.raises(ValueError, match=r"labels 0\.\.2, got -1\.\.-1; -1 marks rows without a label"):
+        with pytest.raises(ValueError, match=r"labels 0\.\.2, got -1; -1 marks rows without a label"):
             scored()
 
 
@@ -276,6 +277,25 @@ def test_saving_again_replaces_and_a_crash_keeps_the_old(tmp_path, monkeypatch):
     assert loaded.guide_spec == lb.guides.Diagonal()
     second.save(tmp_path)
     assert lb.Posterior.load(tmp_path, tiny_bert()).guide_spec == lb.guides.LowRank(2)
+
+
+def test_a_setting_that_json_does_not_have_leaves_no_file_behind(tmp_path):
+    posterior = fit(lb.guides.Diagonal())
+    posterior.settings["mine"] = object()
+    with pytest.raises(TypeError, match="values that JSON has"):
+        posterior.save(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_ensemble_of_ones_own_guide_is_asked_for_as_a_whole(tmp_path):
+    own = partial(AutoNormal, init_scale=0.01)
+    model = lb.BayesianLoRA(tiny_bert(), lb.LoRAXS(2))
+    posterior = lb.infer.ensemble(model, token_batches(), members=2, guide=own, epochs=1, progress=False)
+    posterior.save(tmp_path)
+    with pytest.raises(ValueError, match=r"write guide=lb.guides.Ensemble\(your guide, 2\)"):
+        lb.Posterior.load(tmp_path, tiny_bert())
+    loaded = lb.Posterior.load(tmp_path, tiny_bert(), guide=lb.guides.Ensemble(own, 2))
+    assert torch.equal(loaded.sample(2, seed=0)["R"], posterior.sample(2, seed=0)["R"])
 
 
 def test_a_network_with_another_head_is_refused(tmp_path):

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from conftest import tiny_bert, tiny_reviews, tiny_tokenizer, token_batches
+from torch.utils.data import DataLoader
 from truth import two_layer_problem
 
 import pyro_lrblora as lb
@@ -54,6 +55,14 @@ def test_other_rows_than_those_of_the_fit_are_named(fitted, tmp_path):
     assert facts["training rows given"].startswith("yes, but others or in another order")
     facts, _ = built(posterior, tmp_path / "report.md", lb.Batches(data, tiny_tokenizer()))  # the labels tell
     assert facts["training rows given"] == "yes, by their hashes"
+
+
+def test_rows_that_come_in_another_order_each_time_are_not_called_others(fitted, tmp_path):
+    data, posterior = fitted
+    torch.manual_seed(0)
+    shuffled = DataLoader(list(lb.Batches(data, tiny_tokenizer(), batch_size=1)), batch_size=None, shuffle=True)
+    facts, _ = built(posterior, tmp_path / "report.md", shuffled)
+    assert "is not known" in facts["training rows given"]
 
 
 def test_a_posterior_saved_before_fits_recorded_anything_still_loads(fitted, tmp_path):

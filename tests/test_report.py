@@ -12,6 +12,7 @@ from test_evidence import exact, posterior_at
 
 import pyro_lrblora as lb
 from pyro_lrblora.diagnostics import against_votes, calibration, gradient_noise, structure
+from pyro_lrblora.diagnostics.diagnose import _temperature
 from pyro_lrblora.diagnostics.verdicts import verdicts
 from pyro_lrblora.evidence import importance
 from pyro_lrblora.formatting import shown
@@ -180,7 +181,16 @@ def test_validation_rows_that_are_all_right_tell_no_temperature(fitted):
     assert row(found, "temperature").verdict == "not checked"
 
 
-def test_an_ensemble_is_predicted_by_all_its_members(fitted):
+def test_what_a_temperature_gains_counts_a_certain_mistake_in_full():
+    logits = torch.tensor([[20.0, 0.0]] * 999 + [[300.0, 0.0]]).double()
+    labels = torch.tensor([0] * 999 + [1])
+    found = _temperature(logits.log_softmax(-1), labels)
+    nll = lambda scale: float(torch.nn.functional.cross_entropy(logits / scale, labels, reduction="sum"))
+    assert found["temperature_gain"] == pytest.approx(nll(1.0) - nll(found["temperature"]))
+    assert found["temperature_gain"] > 200
+
+
+def test_an_ensemble_is_predicted_by_all_its_members(fitted, tmp_path):
     data, posterior, _ = fitted
     points = lb.infer.ensemble(
         posterior.model, data["train"], members=3, guide=lb.guides.Delta(), epochs=1, progress=False
@@ -188,6 +198,7 @@ def test_an_ensemble_is_predicted_by_all_its_members(fitted):
     found = lb.diagnose(points, data["test"], draws=32)
     assert len(found.findings.prediction.logits) == 3
     assert row(found, "draws that are enough").verdict == "not checked"
+    lb.report({"points": points}, data["test"], tmp_path / "report.md")
     wide = lb.infer.ensemble(
         posterior.model, data["train"], members=3, guide=lb.guides.Diagonal(), epochs=1, progress=False
     )

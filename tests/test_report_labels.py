@@ -79,6 +79,12 @@ def test_numbers_are_checked_compared_and_on_the_page(fitted_numbers, tmp_path):
     assert all(check.meaning in page for check in found.checks)
 
 
+def test_a_laplace_approximation_of_numbers_has_no_linearised_row(fitted_numbers):
+    data, posterior = fitted_numbers
+    laplace = lb.infer.laplace(posterior.model, data, epochs=1, progress=False)
+    assert list(lb.compare({"a": laplace}, data).index) == ["a", "a, mean"]
+
+
 def test_numbers_of_another_rule_and_without_labels(fitted_numbers):
     data, posterior = fitted_numbers
     moved = [{**data[0], "labels": data[0]["labels"] + 3 * data[0]["labels"].std()}]

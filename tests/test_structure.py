@@ -187,6 +187,13 @@ def test_few_draws_of_many_dimensions_do_not_lower_the_effective_rank():
     assert np.isnan(effective_rank(values[:2], 2.0))  # as many as chains that never moved are worth
 
 
+def test_shares_of_a_spectrum_from_draws_add_up_to_one(problem, monkeypatch):
+    monkeypatch.setattr(import_module("pyro_lrblora.diagnostics.structure"), "_DENSE", 17)
+    found = structure(exact(problem), draws=10)
+    assert not found.exact
+    assert found.share(9) == pytest.approx(1)
+
+
 def test_a_point_has_no_variance_and_two_sites_per_module_work():
     model = lb.BayesianLoRA(tiny_bert(), lb.LoRA(2))
     point = lb.fit(model, token_batches(16), guide=lb.guides.Delta(), epochs=2, progress=False)

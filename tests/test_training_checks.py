@@ -7,6 +7,7 @@ import torch
 from conftest import LinearGaussian, tiny_bert, token_batches
 from hypothesis import given
 from hypothesis import strategies as st
+from truth import two_layer_problem
 
 import pyro_lrblora as lb
 from pyro_lrblora.diagnostics.gradient_noise import gradient_noise
@@ -106,6 +107,23 @@ def test_a_fit_that_went_back_is_not_overfitting(option):
     found = training(planted(rising, nll=overfitting, settings={**CONSTANT, **option}))
     assert found.verdict == CONVERGED
     assert "epoch 7" in found.reason
+
+
+@pytest.mark.filterwarnings("ignore:no head was found")
+@pytest.mark.parametrize("method", ["laplace", "tfb"])
+def test_what_is_built_on_a_fit_that_went_back_is_not_overfitted_either(method):
+    model, train, _ = two_layer_problem(lb.priors.Normal(1.0))
+    point = lb.fit(model.with_head("frozen"), train, guide=lb.guides.Delta(), steps=1, progress=False)
+    course = planted(rising, nll=overfitting, settings={**CONSTANT, "keep_best": True})
+    point.history, point.settings = course.history, course.settings
+    if method == "laplace":
+        built = lb.infer.laplace(point.model, train, init=point)
+    else:
+        built = lb.infer.tfb(point, train, draws=2, steps=2)
+    found = training(built)
+    assert found.verdict == CONVERGED
+    assert "epoch 7" in found.reason
+    assert "schedule" not in found.note
 
 
 def test_too_few_epochs_cannot_tell():

@@ -69,7 +69,7 @@ def _key(model, batches, seed: int) -> str:
     tensors = [((name, base_weight(module)) for name, module in model.modules.items())]
     if model.adapter.statistics is not None:
         tensors += [stored_parameters(model.network), model.head_start.items(), model.head_values().items()]
-        tensors += [sorted(batch.items()) for batch in batches]
+        tensors += [[(n, v) for n, v in sorted(batch.items()) if isinstance(v, Tensor)] for batch in batches]
     digests = [tensor_hash(named) for named in tensors]
     return hashlib.sha256("\n".join(words + digests).encode()).hexdigest()[:32]
 

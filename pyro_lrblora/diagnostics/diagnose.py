@@ -246,8 +246,8 @@ def _temperature(log_probs, labels) -> dict:
     if metrics.separable(log_probs, labels):
         return {"temperature": f"all {len(labels)} validation rows are right, by which none is best; give more"}
     temperature = metrics.fit_temperature(log_probs, labels)
-    scaled = metrics.nll(metrics.apply_temperature(log_probs, temperature), labels)
-    gain = len(labels) * (metrics.nll(log_probs.exp(), labels) - scaled)
+    untempered, tempered = (metrics.tempered_nll(log_probs, labels, each) for each in (1.0, temperature))
+    gain = len(labels) * (untempered - tempered)
     return {"temperature": temperature, "temperature_gain": gain}
 
 

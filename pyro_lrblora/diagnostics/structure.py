@@ -174,7 +174,8 @@ class Structure:
             return spectra.share(self.spectra[of][module], top)
         if of == "W - W0":
             return spectra.share(self.induced, top)
-        return float(self.eigenvalues[:top].sum() / self.variance) if self.variance > 0 else float("nan")
+        # Over their own sum: eigenvalues from draws do not add up to a trace in closed form.
+        return spectra.share(self.eigenvalues, top) if self.variance > 0 else float("nan")
 
 
 def _worth(posterior: Posterior, latents: Tensor) -> float:

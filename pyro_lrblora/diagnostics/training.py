@@ -47,11 +47,12 @@ def training(posterior: Posterior, tolerance: float = 0.01) -> Training:
     result = Training(empty, CANNOT_TELL, "", "", np.nan, np.nan, np.nan, None, joint, "")
     if not any("elbo" in row for row in posterior.history):
         return replace(result, **_without_curve(posterior))
-    curve, notes = _curve(posterior.history, settings.get("point fit", settings))
+    fitted = settings.get("point fit", settings)  # of whom the history is
+    curve, notes = _curve(posterior.history, fitted)
     if settings.get("method", "svi") != "svi":
         notes.append(f"the curve is of the point fit that {settings['method']} was built on")
     judged = {
-        member: _judge(replace(result, curve=part), settings, tolerance) for member, part in curve.groupby("member")
+        member: _judge(replace(result, curve=part), fitted, tolerance) for member, part in curve.groupby("member")
     }
     order = (BROKEN, FALLS, TRAIN_LONGER, OVERFITTED, CANNOT_TELL, CONVERGED)
     member = min(judged, key=lambda name: [judged[name].verdict.startswith(each) for each in order].index(True))

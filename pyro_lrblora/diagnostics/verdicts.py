@@ -175,7 +175,8 @@ def _low_rank(f: Findings):
             yield unchecked("effective rank of the reference", f.missing["low_rank"])
         return
     ranks = f.low_rank.table["effective rank"]
-    part = "precision from the data" if "precision from the data" in ranks.index.levels[0] else "covariance"
+    # A random projection may have a precision where the reference has too few draws for one.
+    part = "precision from the data" if ("precision from the data", "reference") in ranks.index else "covariance"
     ranks = ranks[part]
     words = f"{ranks['reference, no correlation']:.1f} without correlation"
     if "random projection" in ranks:

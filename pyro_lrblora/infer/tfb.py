@@ -11,6 +11,7 @@ from ..guides import Diagonal
 from ..posterior import Posterior, local_parameters
 from ..predictive import predict
 from ..priors import prior_variance
+from .start import base_guide
 
 
 @local_parameters
@@ -58,12 +59,11 @@ def tfb(
     model.check_labels(batches, "anchor set")
     both = any(site[0] == "B" for site in model.sites.shapes)
     spec = Diagonal(point_sites=("B",) if both else ())
-    guide = spec(model)
-    guide.begin_at(point.guide.loc)
+    guide = base_guide(model, spec, point)
     prior_sd = model.sites.join(prior_variance(model.sample_prior, model.sites.shapes)).sqrt()
     # The rows are those of the point's fit: the anchor only widens it.
     record = {name: value for name, value in point.settings.items() if name == "fitted_with"}
-    posterior = Posterior(model, guide, spec, list(point.history), record)
+    posterior = Posterior(model, guide, spec, list(point.history), record | {"point fit": point.settings})
 
     def score(share: float) -> float:
         guide.scale = (share * prior_sd.mean()).expand(guide.scale.shape).clone()

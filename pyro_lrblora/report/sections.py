@@ -24,7 +24,7 @@ from ..plots.training import training_curves
 from ..plots.weights import loo_k_hat, weight_tail
 from ..posterior import Posterior
 from ..predictions import NumberPrediction, Prediction, TokenPrediction
-from ..provenance import LABELS, ROWS, data_identity, unlike, versions
+from ..provenance import LABELS, ROWS, data_identity, other_rows, unlike, versions
 from .document import Details, Facts, Note, Picture, Table, Text, Verdicts
 
 _ROWS = 10  # of the least sure
@@ -70,7 +70,7 @@ def built(posterior: Posterior, test, train) -> Iterator:
             "rows fitted, sha256": record.get(ROWS),
             "labels fitted, sha256": record.get(LABELS),
             "rows tested": len(test) if isinstance(test, datasets.Dataset) else as_batches(test).rows,
-            "training rows given": _same_rows(record, train),
+            "training rows given": _same_rows(posterior.settings, train),
         }
     )
     settings = {name: value for name, value in posterior.settings.items() if name != "fitted_with"}
@@ -86,17 +86,22 @@ def built(posterior: Posterior, test, train) -> Iterator:
     yield Details("Versions and hardware", [Table(both.rename_axis("of"), "Of the fit and of this report", note=note)])
 
 
-def _same_rows(record: Mapping[str, str], train) -> str:
+def _same_rows(settings: Mapping, train) -> str:
     """Whether the rows given as those of the fit have the hashes that the fit recorded."""
     if train is None:
         return "no"
     # A dataset is known by its rows: that takes no tokens.
     batches = None if isinstance(train, datasets.Dataset) else as_batches(train)
+    record = settings.get("fitted_with", {})
     known = {name: value for name, value in data_identity(train, batches).items() if name in record}
     if not known:
         return "yes; the fit recorded no hash to know them by"
     wrong = unlike(record, known)
-    return f"yes, but others or in another order: not the {' and '.join(wrong)}" if wrong else "yes, by their hashes"
+    if not wrong:
+        return "yes, by their hashes"
+    if not other_rows(settings, train, batches):
+        return "yes; whether they are those of the fit is not known: they may come in another order at every pass"
+    return f"yes, but others or in another order: not the {' and '.join(wrong)}"
 
 
 def training(f: Findings) -> Iterator:
@@ -221,7 +226,7 @@ def predictions(f: Findings, name: str) -> Iterator:
         f"Calibration errors ({f.calibration.bins} bins) beside those of a perfectly calibrated model",
         note="; ".join(filter(None, ["p: how often such a model scores at least as much", f.calibration.note])),
     )
-    if len(f.sweep.table) > 1:
+    if f.sweep is not None and len(f.sweep.table) > 1:
         yield Picture(
             draws_needed(f.sweep),
             f"NLL by number of draws up to {f.sweep.draws}",
