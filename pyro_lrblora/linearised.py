@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .data import batch_rows
-from .likelihoods import class_logits
+from .likelihoods import check_classes, class_logits
 from .passes import watched
 
 
@@ -42,6 +42,8 @@ def logit_moments(posterior, batches, precision: str = "fp32", progress: bool = 
         latents = loc.expand(rows, -1).clone().requires_grad_()
         with torch.enable_grad(), model.attached(precision, dropout=False):
             outputs = model.outputs(batch, mean | model.sites.split(latents), head)
+            if not means:
+                check_classes(model.likelihood, outputs, batch)
             logits = class_logits(model.likelihood, outputs, batch)
             classes = logits.shape[-1]
             jacobian = torch.stack(
@@ -69,7 +71,7 @@ def draw_logits(mean: Tensor, covariance: Tensor, draws: int, seed: int) -> Tens
     """
     values, vectors = torch.linalg.eigh(covariance)
     root = vectors * values.clamp(min=0).sqrt().unsqueeze(-2)
-    noise = torch.randn(draws, *mean.shape, generator=torch.Generator().manual_seed(seed)).to(mean)
+    noise = torch.randn(draws, *mean.shape, generator=torch.Generator().manual_seed(seed)).to(root)
     return mean + torch.einsum("nij,snj->sni", root, noise)
 
 

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from conftest import LinearGaussian, LinearNetwork, label
+from conftest import LinearGaussian, LinearNetwork, label, tiny_bert, token_batches
+from pyro.infer.autoguide import AutoNormal
 from torch import nn
 from torch.distributions import Independent, Normal, kl_divergence
 
@@ -107,6 +108,50 @@ def test_without_a_warm_start_the_widths_are_inits(problem, spec):
         return
     assert torch.equal(started.guide.loc, init.guide.loc)
     torch.testing.assert_close(started.covariance().variance, widths.square(), rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("method", [AutoNormal, "laplace", "sgld"], ids=label)
+def test_the_widths_of_any_init_are_kept(problem, method):
+    data, options = [problem.batch], {"progress": False}
+    if method == "laplace":
+        init = lb.infer.laplace(problem.model, data, steps=5, **options)
+    elif method == "sgld":
+        init = lb.infer.sgld(problem.model.with_head("frozen"), data, draws=100, **options)
+    else:
+        init = lb.fit(problem.model, data, guide=method, steps=50, **options)
+    started = lb.fit(
+        init.model, data, guide=G.Diagonal(), init=init, warm_start=False, steps=1, rates=STANDING, **options
+    )
+    torch.testing.assert_close(started.covariance().variance, init.covariance().variance)
+
+
+@pytest.mark.parametrize("guide", [G.Diagonal(), G.LowRankPrecision(2)], ids=label)
+def test_scales_and_a_bayesian_head_start_where_init_left_them(guide):
+    model = lb.BayesianLoRA(tiny_bert(), lb.LoRAXS(2), lb.priors.LayerScale(0.1), head="bayesian")
+    data, moving = token_batches(16), lb.Rates(0.1, 0.1, 0.1, 0.1)
+    init = lb.fit(model, data, guide=G.Diagonal(), rates=moving, steps=20, progress=False)
+    again = lb.fit(init.model, data, guide=guide, init=init, steps=1, rates=STANDING, progress=False)
+    before, after = init.guide.extra.state_dict(), again.guide.extra.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    point = lb.fit(model, data, guide=G.Delta(), rates=moving, steps=20, progress=False)
+    again = lb.fit(point.model, data, guide=guide, init=point, steps=1, rates=STANDING, progress=False)
+    values = again.guide.extra.median()
+    assert {"R_scale", "classifier.weight"} < set(values)
+    for name, value in values.items():
+        torch.testing.assert_close(value, point.mean()[name])
+
+
+@pytest.mark.parametrize("guide", [G.Diagonal(), AutoNormal], ids=label)
+def test_a_bayesian_head_of_another_number_of_classes_stays_behind(guide):
+    fit = lambda classes, **options: lb.fit(
+        lb.BayesianLoRA(tiny_bert(classes), lb.LoRAXS(2), head="bayesian"), token_batches(16, classes=classes),
+        steps=1, progress=False, **options,
+    )  # fmt: skip
+    init = fit(3)
+    started = fit(2, init=init, guide=guide, rates=STANDING)
+    assert started.mean()["classifier.weight"].shape == (2, 16)
+    torch.testing.assert_close(started.mean()["R"], init.mean()["R"])
 
 
 @pytest.mark.parametrize("rank", [2, 4, 6])

@@ -3,6 +3,7 @@
 import math
 
 import numpy as np
+import pyro
 import pytest
 import torch
 from conftest import LinearGaussian, tiny_bert, tiny_tokenizer, token_batches
@@ -218,6 +219,27 @@ def test_only_normal_priors(prior, found):
             lb.infer.laplace(model, None)
 
 
+def factored(shapes):
+    values = lb.priors.Normal(0.1)(shapes)
+    pyro.factor("factor", -2 * sum(value.square().sum() for value in values.values()))
+    return values
+
+
+@pytest.mark.parametrize(
+    ("prior", "found"),
+    [
+        (pyro.poutine.scale(lb.priors.Normal(0.1), scale=4.0), "poutine.scale"),
+        (pyro.poutine.mask(lb.priors.Normal(0.1), mask=False), "poutine.mask"),
+        (factored, r"the latents, \['factor'\]"),
+    ],
+    ids=["scale", "mask", "factor"],
+)
+def test_normal_priors_of_another_density(prior, found):
+    model = lb.BayesianLoRA(tiny_bert(), lb.LoRA(2), prior)
+    with pytest.raises(ValueError, match=f"expected a Normal prior for a Laplace approximation, got .*{found}"):
+        lb.infer.laplace(model, None)
+
+
 def test_bad_arguments(point):
     with pytest.raises(ValueError, match="got 'bayesian'"):
         lb.infer.laplace(classifier(head="bayesian"), token_batches(24))
@@ -271,3 +293,18 @@ def test_a_point_under_another_prior_is_refused():
     point = lb.fit(model, token_batches(), guide=lb.guides.Delta(), epochs=1, progress=False)
     with pytest.raises(ValueError, match=r"the model's prior Normal\(scale=0.3\), got Normal\(scale=0.1\)"):
         lb.infer.laplace(model.with_prior(lb.priors.Normal(0.3)), token_batches(), init=point)
+
+
+def test_a_point_of_another_model_is_refused():
+    network, data = tiny_bert(), token_batches()
+    model = lb.BayesianLoRA(network, lb.LoRAXS(2)).prepare(data)
+    point = lb.fit(model, data, guide=lb.guides.Delta(), epochs=1, progress=False)
+    other = lb.BayesianLoRA(network, lb.LoRAXS(2), likelihood=lb.likelihoods.Categorical(class_names=("a", "b", "c")))
+    for wrong, message in (
+        (other, "the model's likelihood"),
+        (model.with_head("frozen"), "the model's head 'frozen', got 'point'"),
+        (lb.BayesianLoRA(network, lb.LoRAXS(3)), "the model's adapter"),
+        (lb.BayesianLoRA(network, lb.LoRAXS(2, lb.projections.Random())), "the model's adapter"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            lb.infer.laplace(wrong, data, init=point)

@@ -2,6 +2,7 @@
 
 import math
 
+import pyro
 import pytest
 import torch
 from conftest import LinearNetwork, label, tiny_bert, tiny_reviews, tiny_tokenizer, token_batches
@@ -175,6 +176,24 @@ def test_only_gaussian_posteriors(spec, method):
     posterior, batches = linear_posterior(spec, spread=0.0)
     with pytest.raises(TypeError, match="expected a Gaussian guide .* got (.*Guide|AutoIAFNormal)"):
         lb.predict(posterior, batches, method=method)
+
+
+@pytest.mark.parametrize("method", ["linearised", "probit"])
+def test_a_network_in_double_precision(method):
+    model = lb.BayesianLoRA(tiny_bert().double(), lb.LoRAXS(2))
+    posterior = lb.fit(model, token_batches(8), guide=G.Diagonal(), steps=1, progress=False)
+    assert lb.predict(posterior, token_batches(8), method=method, draws=4).probs.dtype == torch.float64
+
+
+def test_labels_that_are_no_classes_are_refused():
+    def numbers(outputs, batch):
+        mean = lb.likelihoods.logits_of(outputs)[:, 0]
+        pyro.sample("labels", pyro.distributions.Normal(mean, 1.0), obs=batch.get("labels"))
+
+    data = [batch | {"labels": batch["labels"].float()} for batch in token_batches(8)]
+    posterior = lb.fit(lb.BayesianLoRA(tiny_bert(), lb.LoRAXS(2), likelihood=numbers), data, steps=1, progress=False)
+    with pytest.raises(TypeError, match="expected a likelihood of classes, one per logit, got Normal"):
+        lb.predict(posterior, data, method="linearised")
 
 
 def test_bad_arguments():

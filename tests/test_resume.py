@@ -3,6 +3,8 @@
 import random
 
 import numpy as np
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 from conftest import tiny_bert, tiny_reviews, tiny_tokenizer, token_batches
@@ -202,6 +204,34 @@ def refused(folder, match, model=fresh_model, train=REVIEWS, **options):
 @pytest.mark.parametrize(("what", "options"), OTHER.items(), ids=OTHER)
 def test_another_fit_is_refused(what, options, begun):
     refused(begun, rf"to hold this very fit, got one with other \['{what}'\]", **options)
+
+
+def own(scale):
+    """A prior of one's own, made anew at every call, as by running a cell again."""
+    return lambda shapes: {n: pyro.sample(n, dist.Normal(0.0, scale).expand(s).to_event()) for n, s in shapes.items()}
+
+
+class OwnLikelihood:
+    def __init__(self, temperature):
+        self.temperature = temperature
+
+    def __call__(self, outputs, batch):
+        logits = lb.likelihoods.logits_of(outputs) / self.temperature
+        pyro.sample("labels", dist.Categorical(logits=logits), obs=batch.get("labels"))
+
+
+@pytest.mark.parametrize(
+    ("what", "made"),
+    [
+        ("prior", lambda scale: fresh_model(prior=own(scale))),
+        ("likelihood", lambda scale: fresh_model(likelihood=OwnLikelihood(10 * scale))),
+    ],
+)
+def test_a_function_of_ones_own_that_does_something_else_is_another_fit(what, made, tmp_path):
+    with pytest.raises(CutOff):
+        fit(made(0.1), checkpoint=tmp_path, callbacks=cut_after(2))
+    refused(tmp_path, rf"to hold this very fit, got one with other \['{what}'\]", model=lambda: made(0.2))
+    assert torch.equal(fit(made(0.1), checkpoint=tmp_path).mean()["R"], fit(made(0.1)).mean()["R"])
 
 
 def test_other_texts_and_another_subspace_are_refused(begun):

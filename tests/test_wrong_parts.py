@@ -34,6 +34,7 @@ def test_classes_in_another_order_are_not_taken_for_wrong_labels():
         lambda: lb.compare({"one": posterior}, turned),
         lambda: fit(model(), train, validation=turned),
         lambda: fit(model().prepare(train), turned),
+        lambda: fit(model(), turned, init=posterior),
     ):
         with pytest.raises(ValueError, match=message):
             call()
@@ -55,11 +56,37 @@ def sites(fn):
         (sites(lambda shape: dist.Normal(0.0, 0.2).expand(shape)), ValueError, "as one event of shape"),
         (sites(lambda shape: dist.Normal(0.0, 0.2)), ValueError, "as one event of shape"),
         (lambda shapes: torch.zeros(3), TypeError, "to return a dict of the latent sites, got Tensor"),
+        (
+            lambda shapes: {n: 0.1 * value for n, value in lb.priors.Normal(1.0)(shapes).items()},
+            ValueError,
+            r"return the latents as it samples them, got \['R'\] changed",
+        ),
     ],
 )
 def test_priors(prior, error, message):
     with pytest.raises(error, match=message):
         fit(model(prior=prior))
+
+
+def tied(shapes):
+    """B's width is what A says, so that no row's own A may be seen by another row's B."""
+    a = pyro.sample("A", dist.Normal(0.0, 1.0).expand(shapes["A"]).to_event())
+    return {"A": a, "B": pyro.sample("B", dist.Normal(0.0, 1 / a.norm()).expand(shapes["B"]).to_event())}
+
+
+def test_latents_that_depend_on_each_other_are_drawn_for_all_rows_alike():
+    """A fit's own KL is that of importance weights, which know nothing of rows."""
+    made = lb.BayesianLoRA(tiny_bert(), lb.LoRA(2, "attention", layers=[1]), tied, head="frozen")
+    standing = {"steps": 100, "rates": lb.Rates(0, 0, 0, 0), "warm_start": False}
+    posterior = fit(made, guide=lb.guides.Diagonal(start_scale=1.0), **standing)
+    assert (posterior.settings["draws"], posterior.settings["kl"]) == ("shared", "mc")
+    found = torch.tensor([row["kl"] for row in posterior.history])
+    weights = lb.evidence.importance(posterior, token_batches(), draws=100, progress=False)
+    expected = weights.log_q - weights.log_prior
+    error = (found.var() / len(found) + expected.var() / len(expected)).sqrt()
+    assert abs(found.mean() - expected.mean()) < 4 * error
+    with pytest.raises(ValueError, match=r"depends on the latents for draws='row', got \['B'\]"):
+        fit(made, draws="row")
 
 
 class Own(lb.guides.LatentGuide):
@@ -101,6 +128,17 @@ def with_cuts(outputs, batch):
 def with_site(outputs, batch):
     shift = pyro.sample("shift", dist.Normal(0.0, 1.0).expand([3]).to_event(1))
     pyro.sample("labels", dist.Categorical(logits=lb.likelihoods.logits_of(outputs) + shift), obs=batch.get("labels"))
+
+
+def tempered(outputs, batch):
+    with pyro.poutine.scale(scale=0.5):
+        lb.likelihoods.Categorical()(outputs, batch)
+
+
+def test_a_scaled_likelihood_is_refused():
+    """Its distribution, which the Fisher matrix and the evidence read, does not show the scale."""
+    with pytest.raises(TypeError, match="with poutine.scale or poutine.mask around it; write the weight into"):
+        fit(model(likelihood=tempered))
 
 
 class Trained(torch.nn.Module):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -14,7 +14,7 @@ from pyro import poutine
 from pyro.infer.autoguide import AutoNormal
 from pyro.infer.autoguide.initialization import init_to_value
 from pyro.nn import PyroModule
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..distributions import LowRankPrecisionNormal
 from ..fisher import Fisher
@@ -103,7 +103,7 @@ class LatentGuide(PyroModule):
         super().__init__(f"{type(self).__name__}_{uuid.uuid4().hex[:8]}")
         self._model = (model,)  # in a tuple, so that the network never becomes a submodule
         self.sites = model.sites
-        self.extra = self._extra_guide(model)
+        self.extra = self._extra_guide(model, model.start())
 
     def distribution(self):
         """q over the flat latent vector: event shape (D,), reparameterised."""
@@ -116,6 +116,20 @@ class LatentGuide(PyroModule):
     def begin_at(self, loc: Tensor) -> None:
         """Move to loc (D,) and keep everything else."""
         self.loc.data.copy_(loc)
+
+    def begin_others_at(self, values: Mapping[str, Tensor], other: nn.Module | None = None) -> None:
+        """Move the factors of all sites beside the latents, a prior's scales and a Bayesian head.
+
+        Args:
+            values: by site; one that is missing starts at the prior's median.
+            other: the same factors of another guide, whose widths are taken too where both have them.
+        """
+        if self.extra is None:
+            return
+        self.extra = self._extra_guide(self._model[0], values)
+        shapes = lambda module: {name: value.shape for name, value in module.state_dict().items()}
+        if type(other) is type(self.extra) and shapes(other) == shapes(self.extra):
+            self.extra.load_state_dict(other.state_dict())
 
     def forward(self, batch=None, per_row: bool = False) -> dict[str, Tensor]:
         values = {} if self.extra is None else self.extra()
@@ -134,13 +148,13 @@ class LatentGuide(PyroModule):
         variance = prior_variance(model.sample_prior, self.sites.shapes)
         return self.sites.join(model.start()), self.sites.join(variance).sqrt()
 
-    def _extra_guide(self, model):
+    def _extra_guide(self, model, values: Mapping[str, Tensor]):
         program = poutine.block(lambda *_: model.sample_prior(), hide=list(self.sites.shapes))
         with torch.random.fork_rng():
             torch.manual_seed(0)
             if not poutine.trace(program).get_trace().stochastic_nodes:
                 return None
-            start = init_to_value(values=model.start(), fallback=init_to_prior_median)
+            start = init_to_value(values=dict(values), fallback=init_to_prior_median)
             guide = self.extra_family(program, init_loc_fn=start)
             guide._setup_prototype()
         return guide

@@ -16,6 +16,7 @@ from ..guides.draws import Draws, DrawsGuide
 from ..model import BayesianLoRA
 from ..posterior import Posterior
 from ..priors.median import init_to_prior_median
+from .start import starting_values
 
 R_HAT = 1.05  # above it, chains are called not converged
 
@@ -66,10 +67,10 @@ def check_chain_arguments(model: BayesianLoRA, **counts: int) -> None:
             raise ValueError(f"expected {name} to be an integer >= 1, got {name}={value!r}")
 
 
-def starting_values(model: BayesianLoRA, init: Posterior | None) -> dict[str, Tensor]:
+def starting_point(model: BayesianLoRA, init: Posterior | None) -> dict[str, Tensor]:
     """Every site's value at init's mean, or at the pretrained network with the prior's own sites at their median."""
-    known = model.start() | ({} if init is None else init.mean())
-    messenger = InitMessenger(init_to_value(values=known, fallback=init_to_prior_median))
+    known = init_to_value(values=starting_values(model, init), fallback=init_to_prior_median)
+    messenger = InitMessenger(known)
     with poutine.block():
         trace = poutine.trace(messenger(model.sample_prior)).get_trace()
     return {name: trace.nodes[name]["value"].detach().clone() for name in trace.stochastic_nodes}

@@ -8,6 +8,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import CodeType, FunctionType
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -127,9 +128,34 @@ def identity_of(
         "validation data": tensor_hash(()) if validation is None else _data_digest(validation),
         "init": tensor_hash(start.items()),
     }
-    # A user's own function or class tells its address, which is another one in every process.
-    text = {name: re.sub(r" at 0x[0-9a-f]+", "", repr(value)) for name, value in described.items()}
-    return digests | {name: hashlib.sha256(value.encode()).hexdigest() for name, value in text.items()}
+    return digests | {name: hashlib.sha256(_told(value).encode()).hexdigest() for name, value in described.items()}
+
+
+def _told(value) -> str:
+    """The repr of a part; a user's own tells its address, which is another one in every process, and hides its code."""
+    text = repr(value)
+    told = lambda text: re.sub(r" at 0x[0-9a-f]+", "", text)
+    function = value if isinstance(value, FunctionType) else getattr(type(value), "__call__", None)  # noqa: B004
+    if told(text) == text or not isinstance(function, FunctionType):
+        return told(text)
+    held = (
+        [cell.cell_contents for cell in function.__closure__ or ()],
+        function.__defaults__,
+        getattr(value, "__dict__", {}),
+    )
+    return told(f"{text} {_program(function.__code__)} {held!r}")
+
+
+def _program(code: CodeType) -> str:
+    """What a function does, wherever it is written."""
+
+    def constant(value):
+        if isinstance(value, CodeType):
+            return _program(value)
+        # A set has another order in every process.
+        return repr(sorted(map(repr, value)) if isinstance(value, frozenset) else value)
+
+    return f"{code.co_code.hex()} {code.co_names} {[constant(value) for value in code.co_consts]}"
 
 
 def _base_values(model: BayesianLoRA) -> Iterator[tuple[str, Tensor]]:

@@ -105,6 +105,13 @@ def check_prior(model: BayesianLoRA) -> None:
             "pyro.deterministic; write pyro.sample(name, dist.Normal(0, scale).expand(shape).to_event())"
         )
 
+    returned = prior.nodes["_RETURN"]["value"]
+    changed = [name for name in model.sites.shapes if not torch.equal(returned[name], prior.nodes[name]["value"])]
+    if changed:
+        raise ValueError(
+            f"expected the prior to return the latents as it samples them, got {changed} changed: draws of the "
+            "posterior would be of another function; write the scale into the distribution"
+        )
     for name, shape in model.sites.shapes.items():
         fn = prior.nodes[name]["fn"]
         if fn.event_shape != shape or fn.batch_shape:
@@ -119,18 +126,6 @@ def check_prior(model: BayesianLoRA) -> None:
                 f"expected the prior of {name!r} over all real numbers, got support {fn.support}, which a "
                 "guide's draws would leave; write a prior such as dist.Normal or dist.StudentT"
             )
-
-
-def sites_of_latents(model: BayesianLoRA) -> list[str]:
-    """The prior's own sites, pyro.factor and observed ones among them, whose density depends on the latents."""
-    with torch.random.fork_rng():
-        first = poutine.trace(model.sample_prior).get_trace()
-        others = [name for name, node in first.nodes.items() if node["type"] == "sample"]
-        others = [name for name in others if name not in model.sites.shapes]
-        values = {name: first.nodes[name]["value"] for name in others if name in first.stochastic_nodes}
-        again = poutine.trace(poutine.condition(model.sample_prior, values)).get_trace()
-    density = lambda trace, name: trace.nodes[name]["fn"].log_prob(trace.nodes[name]["value"]).sum()
-    return [name for name in others if not torch.equal(density(first, name), density(again, name))]
 
 
 def check_sites(model: BayesianLoRA, guide: torch.nn.Module) -> None:

@@ -150,7 +150,7 @@ def has_closed_form(model, guide) -> bool:
     prior = [node["fn"] for node in nodes]
     if any(node["scale"] != 1 or node["mask"] is not None for node in nodes):
         return False  # poutine.scale or mask, which the distribution does not show
-    if not all(is_normal(fn) for fn in prior) or _depend_on_each_other(model, trace, prior):
+    if not all(is_normal(fn) for fn in prior) or set(sites_of_latents(model)) & set(model.sites.shapes):
         return False
     try:
         latent_kl(guide.distribution(), prior)
@@ -159,13 +159,20 @@ def has_closed_form(model, guide) -> bool:
     return True
 
 
-def _depend_on_each_other(model, trace, prior) -> bool:
-    """Whether latent sites move with each other's values: their joint prior is then not the product of the normals."""
-    own = {name: trace.nodes[name]["value"] for name in trace.stochastic_nodes if name not in model.sites.shapes}
+def sites_of_latents(model) -> list[str]:
+    """The prior's sites whose density depends on the latents: latents, pyro.factor and observed ones among them."""
     with torch.random.fork_rng():
+        first = poutine.trace(model.sample_prior).get_trace()
+        names = [name for name, node in first.nodes.items() if node["type"] == "sample"]
+        own = {name: first.nodes[name]["value"] for name in first.stochastic_nodes if name not in model.sites.shapes}
         again = poutine.trace(poutine.condition(model.sample_prior, own)).get_trace()
-    pairs = [(fn, again.nodes[name]["fn"]) for name, fn in zip(model.sites.shapes, prior, strict=True)]
-    return not all(torch.equal(a.mean, b.mean) and torch.equal(a.variance, b.variance) for a, b in pairs)
+
+    def density(trace, name):
+        # Latents differ between the two, what they are compared at must not.
+        value = (first if name in model.sites.shapes else trace).nodes[name]["value"]
+        return trace.nodes[name]["fn"].log_prob(value).sum()
+
+    return [name for name in names if not torch.equal(density(first, name), density(again, name))]
 
 
 def is_normal(fn) -> bool:

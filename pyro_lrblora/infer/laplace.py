@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
+from pyro import poutine
 from torch import Tensor
 
 from ..data import as_batches, batch_rows
@@ -15,9 +16,9 @@ from ..posterior import Posterior, local_parameters
 from ..priors import Normal
 from ..provenance import fitted_with
 from .chains import log_joint
-from .elbo import is_normal
+from .elbo import is_normal, sites_of_latents
 from .gauss_newton import DiagonalMatrix, FullMatrix, KroneckerMatrix, LowRankMatrix, log_evidence
-from .start import prior_sites
+from .start import check_start, prior_sites, subspace_known
 from .svi import svi
 
 _STRUCTURES = ("diagonal", "kron", "low_rank", "full")
@@ -44,14 +45,14 @@ def laplace(
     conditional on it.
 
     Args:
-        model: with a Normal prior and no sites beside the latents.
+        model: with a Normal prior, of latents independent of each other and no sites beside them.
         train: as for svi.
         structure: "diagonal", "kron" (Kronecker per module, in its eigenbasis), "low_rank" (leading eigenvectors and
             the rest of the diagonal) or "full" (D x D).
         rank: eigenvectors of "low_rank".
         prior_precision: "fixed" keeps the prior; "marginal_likelihood" takes the one scale with the greatest evidence
             given the mode and curvature found; "per_module" one scale per module. The returned model carries it.
-        init: a point posterior fitted to these rows; then nothing is trained, and options are refused.
+        init: a point posterior of this model fitted to these rows; then nothing is trained, and options are refused.
         seed: of the point fit.
         tokenizer: for a datasets.Dataset, where the model has none.
         options: of svi, for the point fit.
@@ -60,8 +61,8 @@ def laplace(
         A Posterior; settings["log_evidence"] is the Laplace log evidence in nats.
 
     Raises:
-        ValueError: another prior or head, an unknown structure, more memory than "full" allows, not as many rows as
-            init was fitted to, "per_module" where a latent site does not cover all modules.
+        ValueError: another prior or head, an unknown structure, more memory than "full" allows, init of another
+            model or fitted to another number of rows, "per_module" where a latent site does not cover all modules.
     """
     for name, value, choices in (
         ("structure", structure, _STRUCTURES),
@@ -74,8 +75,12 @@ def laplace(
             "expected init= to be a point posterior and no options of a fit beside it, got "
             f"{init.guide_spec!r} and {sorted(options)}"
         )
-    if init is not None and repr(init.model.prior) != repr(model.prior):
-        raise ValueError(f"expected init= fitted under the model's prior {model.prior!r}, got {init.model.prior!r}")
+    if init is not None:
+        check_start(model, init)
+        for part in ("prior", "likelihood", "head"):
+            ours, theirs = getattr(model, part), getattr(init.model, part)
+            if repr(ours) != repr(theirs):
+                raise ValueError(f"expected init= fitted with the model's {part} {ours!r}, got {theirs!r}")
     _check_program(model, prior_precision)
     tokenizer = tokenizer or model.tokenizer
     if init is None:
@@ -118,11 +123,17 @@ def _check_program(model: BayesianLoRA, prior_precision: str) -> None:
     if model.head == "bayesian":
         raise ValueError("expected head='point', 'frozen' or a FixedHead for a Laplace approximation, got 'bayesian'")
     latents, others = prior_sites(model)
-    if others or not all(is_normal(fn) for fn in latents.values()):
-        found = f"sites {others}" if others else "another distribution"
+    found = None
+    if others:
+        found = f"sites {others}"
+    elif not all(is_normal(fn) for fn in latents.values()):
+        found = "another distribution"
+    elif subspace_known(model) and (changed := _beyond_the_distributions(model)):
+        found = changed
+    if found:
         raise ValueError(
-            f"expected a Normal prior for a Laplace approximation, got {model.prior!r} with {found}: its density has "
-            "no Gaussian curvature at the mode; write prior=lb.priors.Normal(0.1), or fit by lb.fit or lb.infer.nuts"
+            f"expected a Normal prior for a Laplace approximation, got {model.prior!r} with {found}: its curvature at "
+            "the mode is not that of a normal; write prior=lb.priors.Normal(0.1), or fit by lb.fit or lb.infer.nuts"
         )
     if prior_precision != "fixed" and not isinstance(model.prior, Normal):
         raise ValueError(
@@ -138,6 +149,17 @@ def _check_program(model: BayesianLoRA, prior_precision: str) -> None:
     modules = {fn.event_shape[0] for fn in latents.values()}
     if prior_precision == "per_module" and modules != {len(model.modules)}:
         raise ValueError("expected every latent site to cover all modules for prior_precision='per_module'")
+
+
+def _beyond_the_distributions(model: BayesianLoRA) -> str | None:
+    """What a prior's program does to its density that the distributions of its latents do not show."""
+    with torch.random.fork_rng():
+        nodes = poutine.trace(model.sample_prior).get_trace().nodes
+    if any(nodes[name]["scale"] != 1 or nodes[name]["mask"] is not None for name in model.sites.shapes):
+        return "poutine.scale or poutine.mask"
+    if dependent := sites_of_latents(model):
+        return f"sites that depend on the latents, {dependent}"
+    return None
 
 
 def _prior_precision(model: BayesianLoRA) -> Tensor:

@@ -16,7 +16,7 @@ from ..posterior import Posterior, local_parameters
 from ..priors import prior_variance
 from ..priors.median import init_to_prior_median
 from ..provenance import fitted_with
-from .chains import check_chain_arguments, log_joint, posterior_of_chains, starting_values
+from .chains import check_chain_arguments, log_joint, posterior_of_chains, starting_point
 from .start import in_subspace
 
 _START_SPREAD = 0.5  # prior standard deviations by which chains start apart
@@ -95,7 +95,7 @@ def nuts(
         torch.manual_seed(seed)
         model = in_subspace(model, init, batches, tokenizer)
         batch = model.to_device(batch)
-        centre = starting_values(model, init)
+        centre = starting_point(model, init)
         jittered = [*model.sites.shapes, *(model.head_start if model.head == "bayesian" else ())]
         variance = prior_variance(model.sample_prior, jittered)
         for chain in range(chains):

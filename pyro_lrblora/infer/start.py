@@ -9,6 +9,7 @@ import torch
 from pyro import poutine
 
 from ..adapters.targets import base_weight, weight_shape
+from ..data import check_class_order
 from ..fisher import fisher
 from ..guides import Curvature, Delta, LatentGuide
 from ..guides.stock import build_guide, is_stock
@@ -23,22 +24,21 @@ def in_subspace(model: BayesianLoRA, init: Posterior | None, train, tokenizer) -
     """A copy for this fit alone: prepared, of the data's size, its head at the start."""
     same_task = False
     if init is not None:
-        _check_adapter(model, init.model)
-        if model.prepared and not same_tensors(model.adapted.tensors(), init.model.adapted.tensors()):
-            raise ValueError(
-                "expected init= to be fitted in the same subspace, got another; fit both from one model.prepare(train)"
-            )
+        check_start(model, init)
         head = fixed_from(init).values
         # Another number of classes is another task: its latents carry over, its head does not.
         same_task = _shapes(head) == _shapes(model.head_start)
+        if same_task:
+            check_class_order(init.model._class_names, train.class_names, "training data")
         model = model.in_subspace_of(init.model, head if same_task else None)
     if not (model.prepared or same_task):
         model = model.prepare(train, tokenizer=tokenizer)
     return model.with_size(train.rows)
 
 
-def _check_adapter(model: BayesianLoRA, other: BayesianLoRA) -> None:
-    """Raise a ValueError unless both adapt modules of the same names and shapes in the same way."""
+def check_start(model: BayesianLoRA, init: Posterior) -> None:
+    """Raise a ValueError unless both adapt modules of the same names and shapes in the same way and subspace."""
+    other = init.model
     if describe(model.adapter) != describe(other.adapter):
         raise ValueError(
             f"expected init= with the model's adapter, got {other.adapter!r} where the model has {model.adapter!r}; "
@@ -49,6 +49,10 @@ def _check_adapter(model: BayesianLoRA, other: BayesianLoRA) -> None:
         raise ValueError(
             f"expected init= on modules of the model's names and shapes, got {type(other.network).__name__} with such "
             f"as {sorted(theirs.items() - ours.items())[:2]}"
+        )
+    if model.prepared and not same_tensors(model.adapted.tensors(), other.adapted.tensors()):
+        raise ValueError(
+            "expected init= to be fitted in the same subspace, got another; fit both from one model.prepare(train)"
         )
 
 
@@ -86,11 +90,16 @@ def start_at(model: BayesianLoRA, init: Posterior | None, train, tokenizer) -> P
     return Posterior(model, base_guide(model, Delta(), init), Delta())
 
 
+def subspace_known(model: BayesianLoRA) -> bool:
+    """Whether the shapes of the latents are known: prepared, or with an adapter that looks at no data."""
+    return model._adapted is not None or model.adapter.statistics is None
+
+
 def prior_sites(model: BayesianLoRA) -> tuple[dict[str, object], list[str]]:
     """The distributions of the latent sites by name, and the names of all other sites (scales, a Bayesian head)."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        if model._adapted is not None or model.adapter.statistics is None:
+        if subspace_known(model):
             trace, latents = poutine.trace(model.sample_prior).get_trace(), list(model.sites.shapes)
         else:
             # The subspace is not known yet; what kind of prior it is shows on a stand-in.
@@ -110,25 +119,27 @@ def same_tensors(first: Mapping[str, torch.Tensor], second: Mapping[str, torch.T
 
 def base_guide(model, spec, init: Posterior | None) -> torch.nn.Module:
     """The guide at init's mean or at the pretrained network, as wide as its own start_scale says."""
-    start = _start(model, init)
+    start = starting_values(model, init)
     guide = build_guide(spec, model, start=start)
     if isinstance(guide, LatentGuide):
         with torch.no_grad():
             guide.begin_at(model.sites.join(start).to(model.device))
+            if init is not None:
+                guide.begin_others_at(start, getattr(init.guide, "extra", None))
     return guide
 
 
 def spread_guide(guide, model, spec, train, init, warm_start: bool, rows: int | None) -> torch.nn.Module:
     """What base_guide built, now as wide as the Fisher matrix or init say; a stock guide is built anew for that."""
-    start = _start(model, init)
+    start = starting_values(model, init)
     loc = model.sites.join(start).to(model.device)
     rank, curvature = getattr(spec, "fisher_rank", 1), None
     precision = model.sites.join(prior_variance(model.sample_prior, model.sites.shapes)).reciprocal()
     if warm_start and rank:
         curvature = Curvature(loc, precision, fisher(model, train, loc, rank, rows))
-    elif init is not None and getattr(init.guide, "has_density", False):
-        with torch.no_grad(), suppress(NotImplementedError):  # a flow has no variance
-            curvature = Curvature.of(init.guide.distribution(), precision)
+    elif init is not None:
+        with torch.no_grad(), suppress(NotImplementedError, TypeError):  # a flow and a point have no variance
+            curvature = Curvature.of(_distribution(init), precision)
     if curvature is None:
         return guide
     if isinstance(guide, LatentGuide):
@@ -139,6 +150,24 @@ def spread_guide(guide, model, spec, train, init, warm_start: bool, rows: int | 
     return guide
 
 
-def _start(model, init: Posterior | None) -> dict[str, torch.Tensor]:
+def _distribution(init: Posterior):
+    """What init says of the flat latents: its guide's own distribution, or a normal as wide as its draws."""
+    if isinstance(init.guide, LatentGuide) and init.guide.has_density:
+        return init.guide.distribution()
+    variance = init.covariance().variance
+    if not bool((variance > 0).all()):
+        raise TypeError("a point")
+    return torch.distributions.Normal(init.model.sites.join(init.mean()).to(variance), variance.sqrt())
+
+
+def starting_values(model: BayesianLoRA, init: Posterior | None) -> dict[str, torch.Tensor]:
+    """Sites by name where a fit begins: at init's mean, or at the pretrained network.
+
+    Of an init for another number of classes a Bayesian head is left out, as a point head is.
+    """
+    start = model.start()
+    if init is None:
+        return start
+    fits = lambda name, value: name not in start or value.shape == start[name].shape
     # Copies on the model's device: init may have been fitted on another.
-    return model.start() if init is None else {n: value.to(model.device, copy=True) for n, value in init.mean().items()}
+    return start | {n: value.to(model.device, copy=True) for n, value in init.mean().items() if fits(n, value)}

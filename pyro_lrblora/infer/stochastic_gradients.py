@@ -18,7 +18,7 @@ from ..latents import LatentSites
 from ..model import BayesianLoRA
 from ..posterior import Posterior
 from ..provenance import fitted_with
-from .chains import check_chain_arguments, log_joint, starting_values
+from .chains import check_chain_arguments, log_joint, starting_point
 from .preconditioner import preconditioner
 from .start import in_subspace, prior_sites
 
@@ -59,7 +59,7 @@ def stochastic_gradient_chains(
         model = in_subspace(model, init, batches, tokenizer)
         _check_no_mixture(model)
         _check_unconstrained(model)
-        values = starting_values(model, init)
+        values = starting_point(model, init)
         sites = LatentSites({name: value.shape for name, value in values.items()})
         start = sites.join(values)
         scale = preconditioner(model, batches, sites, start)

@@ -28,10 +28,9 @@ from .checks import (
     check_prior,
     check_settings,
     check_sites,
-    sites_of_latents,
 )
 from .data_parallel import Workers
-from .elbo import PartedELBO, has_closed_form
+from .elbo import PartedELBO, has_closed_form, sites_of_latents
 from .loop import Loop
 from .progress import DRIFT, ScalesNotConverged, multiplier
 from .start import base_guide, in_subspace, spread_guide
@@ -277,8 +276,8 @@ def _per_row(draws: str, guide, entries: int, dependent: Sequence[str]) -> bool:
     declared = getattr(guide, "rowwise", None) is not None
     if draws == "row" and dependent:
         raise ValueError(
-            f"expected a prior whose own sites do not depend on the latents for draws='row', got {list(dependent)}, "
-            "which would count once per row; write draws='shared'"
+            f"expected a prior none of whose sites depends on the latents for draws='row', got {list(dependent)}, "
+            "which would see those of all rows, or count once per row; write draws='shared'"
         )
     if draws == "row" and not declared:
         raise TypeError(

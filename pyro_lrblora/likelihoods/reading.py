@@ -24,7 +24,7 @@ def label_site(likelihood: Callable, outputs, batch: Mapping[str, Tensor]) -> tu
         batch: without "labels" the second value is a draw.
 
     Raises:
-        TypeError: no site is named "labels", or there are others, or parameters.
+        TypeError: no site is named "labels", or there are others, or parameters, or it is scaled or masked.
     """
     with poutine.block(), pyro.plate("data", batch_rows(batch), dim=-1):
         trace = poutine.trace(likelihood).get_trace(outputs, batch)
@@ -36,7 +36,13 @@ def label_site(likelihood: Callable, outputs, batch: Mapping[str, Tensor]) -> tu
             f"expected a likelihood without sites and parameters of its own, which a fit would not train, got {others} "
             f"in {likelihood!r}; make them arguments"
         )
-    return trace.nodes["labels"]["fn"], trace.nodes["labels"]["value"]
+    labels = trace.nodes["labels"]
+    if labels["scale"] != 1 or labels["mask"] is not None:
+        raise TypeError(
+            f"expected a likelihood whose distribution says all, got {likelihood!r} with poutine.scale or poutine.mask "
+            "around it; write the weight into the distribution, or its .mask(...)"
+        )
+    return labels["fn"], labels["value"]
 
 
 def class_logits(likelihood: Callable, outputs, batch: Mapping[str, Tensor]) -> Tensor:
