@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 DATA ?= ../shared/data
+# Processes of the tests: as many as there are cores, with 3 GB of memory for each.
+WORKERS ?= 2
 PEERS := .venv-bench
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
@@ -11,7 +13,7 @@ export TOKENIZERS_PARALLELISM := false
 .PHONY: test demo truth faults bench bench-peers study study-small lint docs clean
 
 test: $(VENV)/.test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --durations 15
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --durations 15
 
 demo: $(VENV)/.demo
 	$(BIN)/python models/quickstart.py
