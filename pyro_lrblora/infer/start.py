@@ -125,7 +125,9 @@ def base_guide(model, spec, init: Posterior | None) -> torch.nn.Module:
         with torch.no_grad():
             guide.begin_at(model.sites.join(start).to(model.device))
             if init is not None:
-                guide.begin_others_at(start, getattr(init.guide, "extra", None))
+                # Not at a point's scales, which go to zero together with the latents.
+                others = {n: value for n, value in start.items() if not init.is_point or n in model.head_start}
+                guide.begin_others_at(others, getattr(init.guide, "extra", None))
     return guide
 
 

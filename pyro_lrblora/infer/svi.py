@@ -95,7 +95,8 @@ def svi(
         schedule: "cosine", "linear" or "constant", after a linear warm-up over the share `warmup` of all steps.
         clip: greatest norm of the gradient of -ELBO / N; None for no clipping.
         init: start at the mean and head of this posterior, in its subspace: Delta, then Diagonal, then LowRank. From
-            one with another number of classes the subspace and the latents are taken, and the head is probed anew.
+            one with another number of classes the subspace and the latents are taken, and the head is probed anew. A
+            prior's scales stay at their median where init is a point, whose own go to zero together with the latents.
         map_epochs: fit a Delta for so many epochs first and start there.
         warm_start: set the scales from the Fisher matrix at the start (pyro#2113 asks for such staging). False takes
             them from `init`, or else the guide's start_scale: 1.0 starts at the prior, 0.1 close to the base.
