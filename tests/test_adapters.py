@@ -173,6 +173,8 @@ def test_layers_narrow_the_targets():
 def test_no_match_lists_what_could_be_matched():
     with pytest.raises(ValueError, match=r"targets=\['qery'\].*attention.self.query.*layers \[0, 1\]"):
         find_targets(tiny_bert(), ["qery"])
+    with pytest.raises(ValueError, match=r"write targets=\['query'\]$"):
+        find_targets(tiny_bert(), "query")
     with pytest.raises(ValueError, match="regular expression"):
         find_targets(tiny_bert(), "(")
 

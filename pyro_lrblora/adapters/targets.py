@@ -114,10 +114,12 @@ def find_targets(
     if idle or not found:
         endings = sorted({_LAYER.split(name)[-1] for name in candidates})
         numbers = sorted({_layer(name) for name in candidates} - {None})
+        one_name = isinstance(targets, str) and not found and any(_matches(name, [targets]) for name in candidates)
         raise ValueError(
             f"expected targets that match a linear module, got targets={targets!r}, layers={layers!r}"
             + (f", of which {idle} match none" if idle and found else "")
             + f"; names that can be matched here: {endings}, in layers {numbers}"
+            + (f"; write targets=[{targets!r}]" if one_name else "")
         )
     return found
 

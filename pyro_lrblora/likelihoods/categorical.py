@@ -42,12 +42,11 @@ class Categorical:
             return
         wrong = labels[(labels < 0) | (labels >= classes)]
         if len(wrong):
-            from_one = int(labels.min()) == 1 and int(labels.max()) == classes
-            cure = (
-                "subtract 1 from every label"
-                if from_one
-                else "drop those rows or load the network with another num_labels"
-            )
+            cure = "drop those rows or load the network with another num_labels"
+            if int(labels.min()) == 1 and int(labels.max()) == classes:
+                cure = "subtract 1 from every label"
+            elif set(wrong.tolist()) == {-1}:
+                cure = "-1 marks rows without a label in many data sets: drop them, or the column of labels"
             raise ValueError(
                 f"expected labels 0..{classes - 1} for a network with {classes} classes, got "
                 f"{sorted(set(wrong.tolist()))[:5]} in {len(wrong)} of {len(labels)} rows; {cure}"
