@@ -104,7 +104,10 @@ BAD = {
     "no labels": (lambda: tiny_reviews().remove_columns("label"), ValueError, "'label' or 'labels'"),
     "no text": (lambda: tiny_reviews().remove_columns("text"), KeyError, "text columns"),
     "label too large": (lambda: tiny_reviews(classes=5), ValueError, r"labels 0\.\.2 for .* 3 classes, got \[3, 4\]"),
-    "label -1": (lambda: [b | {"labels": b["labels"] - 1} for b in token_batches()], ValueError, r"got \[-1\].*rows without a label"),
+    "label -1": (
+        lambda: [b | {"labels": b["labels"] - 1} for b in token_batches()],
+        ValueError, r"got \[-1\].*rows without a label",
+    ),
     "label and not labels": (
         lambda: [{"label" if k == "labels" else k: v for k, v in b.items()} for b in token_batches()],
         KeyError, "under 'labels', got 'label'",
