@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 DATA ?= ../shared/data
-# Processes of the tests: as many as there are cores, with 3 GB of memory for each.
+# Processes of the tests: as many as there are cores, with 2 GB of memory for each.
 WORKERS ?= 2
 PEERS := .venv-bench
 export HF_HUB_OFFLINE := 1

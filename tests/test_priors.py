@@ -18,7 +18,7 @@ from test_model import PRIORS
 import pyro_lrblora as lb
 from pyro_lrblora.adapters.targets import base_weight
 from pyro_lrblora.guides.stock import build_guide
-from pyro_lrblora.infer.chains import starting_values
+from pyro_lrblora.infer.chains import starting_point
 from pyro_lrblora.priors import prior_variance
 from pyro_lrblora.priors.variance import prior_covariance
 
@@ -197,7 +197,7 @@ def test_prior_sd_at_the_median_of_the_scales(prior, sd, tolerance):
 def test_scales_of_a_prior_begin_at_their_median(prior, kind):
     model = tiny_model(prior).prepare(token_batches())
     if kind == "chain":
-        values = starting_values(model.with_head("bayesian"), None)
+        values = starting_point(model.with_head("bayesian"), None)
     else:
         values = build_guide(lb.guides.Diagonal() if kind == "library guide" else AutoNormal, model)
         values = (values.extra if kind == "library guide" else values).median()
