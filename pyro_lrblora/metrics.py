@@ -224,8 +224,9 @@ def fit_temperature(log_probs: Array, labels: Array) -> float:
             no best T, and what returns is as low as the search goes; see separable.
         labels: (N,).
     """
+    scores, classes = _bounded(log_probs, labels)
     # Convex in 1 / T, so with one minimum in its logarithm; bounded, because on separable rows the best T is zero.
-    loss = lambda log_inverse: tempered_nll(log_probs, labels, math.exp(-log_inverse))
+    loss = lambda log_inverse: float(torch.nn.functional.cross_entropy(scores * math.exp(log_inverse), classes))
     found = optimize.minimize_scalar(loss, bounds=(-5, 5), method="bounded", options={"xatol": 1e-6})
     return math.exp(-found.x)
 
@@ -240,10 +241,15 @@ def tempered_nll(log_probs: Array, labels: Array, temperature: float) -> float:
         labels: (N,).
         temperature: T > 0.
     """
+    scores, classes = _bounded(log_probs, labels)
+    return float(torch.nn.functional.cross_entropy(scores / temperature, classes))
+
+
+def _bounded(log_probs: Array, labels: Array) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log probabilities (N, C) and labels (N,) as tensors."""
     # Of a probability of zero the logarithm is as good as this one, and has no limits to multiply by.
     scores = torch.as_tensor(np.maximum(_array(log_probs, float), -1e4))
-    labels = torch.as_tensor(class_labels(labels, scores.shape[-1]))
-    return float(torch.nn.functional.cross_entropy(scores / temperature, labels))
+    return scores, torch.as_tensor(class_labels(labels, scores.shape[-1]))
 
 
 def separable(log_probs: Array, labels: Array) -> bool:
