@@ -295,6 +295,24 @@ def test_a_point_under_another_prior_is_refused():
         lb.infer.laplace(model.with_prior(lb.priors.Normal(0.3)), token_batches(), init=point)
 
 
+@pytest.mark.parametrize("head", ["point", "frozen"])
+def test_a_point_that_was_stored_is_still_the_models_own(tmp_path, head):
+    data = token_batches()
+    model = lb.BayesianLoRA(
+        tiny_bert(), lb.LoRAXS(2), lb.priors.Normal([0.1, 0.2] * 4),
+        lb.likelihoods.Categorical(class_names=("a", "b", "c")), head=head,
+    ).prepare(data)  # fmt: skip
+    point = lb.fit(model, data, guide=lb.guides.Delta(), epochs=1, progress=False)
+    point.save(tmp_path)
+    stored = lb.Posterior.load(tmp_path, tiny_bert())
+    around = [lb.infer.laplace(model, data, init=start) for start in (point, stored)]
+    assert around[0].settings["log_evidence"] == pytest.approx(around[1].settings["log_evidence"], rel=1e-5)
+    if head == "frozen":
+        other = model.with_head(lb.FixedHead({name: value + 1 for name, value in model.head_start.items()}))
+        with pytest.raises(ValueError, match="the model's head"):
+            lb.infer.laplace(other, data, init=stored)
+
+
 def test_a_point_of_another_model_is_refused():
     network, data = tiny_bert(), token_batches()
     model = lb.BayesianLoRA(network, lb.LoRAXS(2)).prepare(data)

@@ -15,10 +15,11 @@ from ..model import BayesianLoRA
 from ..posterior import Posterior, local_parameters
 from ..priors import Normal
 from ..provenance import fitted_with
+from ..storage import describe
 from .chains import log_joint
 from .elbo import is_normal, sites_of_latents
 from .gauss_newton import DiagonalMatrix, FullMatrix, KroneckerMatrix, LowRankMatrix, log_evidence
-from .start import check_start, prior_sites, subspace_known
+from .start import check_start, prior_sites, same_head, subspace_known
 from .svi import svi
 
 _STRUCTURES = ("diagonal", "kron", "low_rank", "full")
@@ -79,7 +80,9 @@ def laplace(
         check_start(model, init)
         for part in ("prior", "likelihood", "head"):
             ours, theirs = getattr(model, part), getattr(init.model, part)
-            if repr(ours) != repr(theirs):
+            # By value: a loaded posterior has tuples of what a user wrote as lists, and its frozen head as tensors.
+            same = same_head(model, init.model) if part == "head" else describe(ours) == describe(theirs)
+            if not same:
                 raise ValueError(f"expected init= fitted with the model's {part} {ours!r}, got {theirs!r}")
     _check_program(model, prior_precision)
     tokenizer = tokenizer or model.tokenizer

@@ -56,6 +56,16 @@ def check_start(model: BayesianLoRA, init: Posterior) -> None:
         )
 
 
+def same_head(first: BayesianLoRA, second: BayesianLoRA) -> bool:
+    """Whether both train the head, or both sample it, or both hold it at the same values."""
+    changing = ("point", "bayesian")
+    if first.head in changing or second.head in changing:
+        return first.head == second.head
+    # In one dtype: the network's own may be bf16 where a stored one is not.
+    first, second = ({name: value.float() for name, value in m.head_values().items()} for m in (first, second))
+    return same_tensors(first, second)
+
+
 def subspace_of(model: BayesianLoRA) -> tuple[dict[str, torch.Tensor], dict]:
     """What `in_subspace` decided, as tensors and JSON: the adapter's frozen part, the head's start and its prior."""
     tensors = {f"adapter.{name}": value for name, value in model.adapted.tensors().items()}
