@@ -64,7 +64,7 @@ def main() -> None:
     model.check_labels(test, "test data")
     if processes.first:
         print(f"{len(model.modules)} adapted modules, {model.sites.size} latents, {train.rows} texts")
-    untrained = lb.fit(model, train, guide=lb.guides.Delta(), steps=1, rates=lb.Rates(0, 0, 0, 0), progress=False)
+    untrained = lb.Posterior(model, lb.guides.Delta()(model), lb.guides.Delta())
     posteriors = {"base": untrained} | {
         name: lb.fit(
             model, train, validation=validation, guide=getattr(lb.guides, name)(), epochs=args.epochs, seed=args.seed

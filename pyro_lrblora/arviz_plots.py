@@ -196,7 +196,7 @@ def compare(posteriors: Mapping[str, Posterior], train, draws: int | None = None
     Args:
         posteriors: name -> posterior, each with a density or stored draws.
         train: the N rows that all were fitted to, with labels.
-        draws: S; None is 200, or all stored ones.
+        draws: S; None is 200, or all stored ones where there are fewer.
         seed: of the draws.
 
     Raises:

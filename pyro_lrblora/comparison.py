@@ -115,10 +115,8 @@ def compare(
                 notes.setdefault(_SEPARABLE, []).append(label)
             elif isinstance(held, Prediction):
                 temperature = metrics.fit_temperature(held.log_probs, held.labels)
-                scaled, row = (
-                    {role: each.tempered(temperature) for role, each in found.items()},
-                    f"{label}, temperature",
-                )
+                scaled = {role: each.tempered(temperature) for role, each in found.items()}
+                row = f"{label}, temperature"
                 rows[row] = _scores(scaled, bins) | {"temperature": temperature} | costs
                 losses[row] = scaled["test"].losses()
             if at is None:

@@ -12,6 +12,7 @@ from pyro import poutine
 from torch import Tensor
 
 from .arviz_io import psis
+from .counts import check_counts
 from .data import as_batches
 from .guides.draws import DrawsGuide
 from .guides.ensemble import EnsembleGuide
@@ -114,7 +115,7 @@ class LOO:
     def total(self) -> Estimate:
         """The sum over rows, in nats; its standard error is that of another N rows from the same source."""
         rows = len(self.elpd)
-        return Estimate(float(self.elpd.sum()), float(self.elpd.std() * rows**0.5))
+        return Estimate(float(self.elpd.sum()), rows * standard_error(self.elpd))
 
     @property
     def threshold(self) -> float:
@@ -278,8 +279,7 @@ def _drawn(
     tokenizer=None,
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Draws of every site, and the log likelihood of every row at each, (S, N) in the data's own order."""
-    if draws < 1:
-        raise ValueError(f"expected draws >= 1, got draws={draws}")
+    check_counts(draws=draws)
     model = posterior.model
     batches = as_batches(train, tokenizer or model.tokenizer, batch_size=batch_size, by_length=True)
     check_fitted_rows(posterior, batches)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .context import check_context, context_length
+from .counts import check_counts
 from .data.texts import without_end
 from .posterior import Posterior, local_parameters
 
@@ -61,8 +62,7 @@ def generate(
     model = posterior.model
     tokenizer = tokenizer or model.tokenizer
     network = getattr(model.network, "language_model", model.network)
-    if draws < 1:
-        raise ValueError(f"expected draws >= 1, got draws={draws}")
+    check_counts(draws=draws)
     if at not in (None, "mean"):
         raise ValueError(f"expected at='mean' or at=None, got at={at!r}")
     if not (hasattr(network, "can_generate") and network.can_generate()):
@@ -72,8 +72,6 @@ def generate(
             "expected one sequence per prompt and no beams; write do_sample=True and another seed for more"
         )
     options.pop("num_beams", None)  # 1, which is said below
-    if any(name not in model.sites.shapes for name in posterior.mean() if name in model.head_start):
-        raise ValueError("expected a language model without a Bayesian head")
     ours = sorted({"return_dict_in_generate", "logits_processor", "max_length", "generation_config"} & set(options))
     if ours:
         raise ValueError(
@@ -87,6 +85,8 @@ def generate(
         )
     inputs = _encoded(prompts, tokenizer, network.config.is_encoder_decoder)
     values = posterior.mean() if at else posterior.sample(draws, seed=seed, antithetic=antithetic)
+    if values.keys() & model.head_start.keys():
+        raise ValueError("expected a language model without a Bayesian head")
     values = {name: values[name].unsqueeze(0) if at else values[name] for name in model.sites.shapes}
     count = 1 if at else draws
     rows = len(inputs["input_ids"])

@@ -25,7 +25,7 @@ def given(labels: Array | None) -> Array:
 
 def class_labels(labels: Array | None, count: int) -> np.ndarray:
     """The labels (N,) as integers; a ValueError where there are none, or one is none of 0 .. count - 1."""
-    labels = _array(given(labels))
+    labels = as_array(given(labels))
     wrong = labels[~((labels >= 0) & (labels < count) & (labels == np.floor(labels)))]
     if len(wrong):
         raise ValueError(
@@ -33,6 +33,17 @@ def class_labels(labels: Array | None, count: int) -> np.ndarray:
             "them, or the column of labels"
         )
     return labels.astype(int)
+
+
+def as_array(values: Array, dtype: type | None = None) -> np.ndarray:
+    """As numpy has it, from any device and with or without a graph."""
+    return np.asarray(values.detach().cpu() if isinstance(values, Tensor) else values, dtype=dtype)
+
+
+def check_probabilities(probs: np.ndarray) -> None:
+    """Raise a ValueError unless the rows of probs (N, C) are probabilities."""
+    if not np.all(np.abs(probs.sum(-1) - 1) < 1e-3) or probs.min() < -1e-6:
+        raise ValueError("expected rows of probs to be probabilities that add up to 1; write logits.softmax(-1)")
 
 
 def accuracy(probs: Array, labels: Array) -> float:
@@ -83,7 +94,7 @@ def crps_of_normals(loc: Array, scale: Array, labels: Array) -> np.ndarray:
 
     Source: Grimit et al. 2006 (doi 10.1256/qj.05.235), equation 5.
     """
-    loc, scale, labels = (_array(value, float) for value in (loc, scale, labels))
+    loc, scale, labels = (as_array(value, float) for value in (loc, scale, labels))
     if loc.shape != scale.shape or loc.ndim != 2 or labels.shape != loc.shape[1:]:
         raise ValueError(
             f"expected loc and scale (S, N) and labels (N,), got {loc.shape}, {scale.shape}, {labels.shape}"
@@ -121,7 +132,7 @@ def selective_risk(probs: Array, labels: Array, confidence: Array | None = None)
         ValueError: a confidence that is not finite or not one number per row.
     """
     probs, labels = _check(probs, labels)
-    confidence = probs.max(-1) if confidence is None else _array(confidence, float)
+    confidence = probs.max(-1) if confidence is None else as_array(confidence, float)
     if confidence.shape != labels.shape or not np.isfinite(confidence).all():
         raise ValueError(f"expected confidence (N,) of finite numbers, N={len(labels)}, got {confidence.shape}")
     wrong = (probs.argmax(-1) != labels).astype(float)
@@ -184,7 +195,7 @@ def false_positive_rate(scores: Array, positive: Array, recall: float = 0.95) ->
 
 def standard_error(values: Array) -> float:
     """Of the mean of independent values (N,); NaN of one alone."""
-    values = _array(values, float)
+    values = as_array(values, float)
     return float(values.std(ddof=1) / len(values) ** 0.5) if len(values) > 1 else float("nan")
 
 
@@ -248,7 +259,7 @@ def tempered_nll(log_probs: Array, labels: Array, temperature: float) -> float:
 def _bounded(log_probs: Array, labels: Array) -> tuple[torch.Tensor, torch.Tensor]:
     """Log probabilities (N, C) and labels (N,) as tensors."""
     # Of a probability of zero the logarithm is as good as this one, and has no limits to multiply by.
-    scores = torch.as_tensor(np.maximum(_array(log_probs, float), -1e4))
+    scores = torch.as_tensor(np.maximum(as_array(log_probs, float), -1e4))
     return scores, torch.as_tensor(class_labels(labels, scores.shape[-1]))
 
 
@@ -259,14 +270,14 @@ def separable(log_probs: Array, labels: Array) -> bool:
         log_probs: (N, C).
         labels: (N,).
     """
-    scores = _array(log_probs, float)
+    scores = as_array(log_probs, float)
     own = np.take_along_axis(scores, class_labels(labels, scores.shape[-1])[:, None], 1)
     return bool(((scores >= own).sum(-1) == 1).all())
 
 
 def apply_temperature(log_probs: Array, temperature: float) -> np.ndarray:
     """softmax(log_probs / temperature), (N, C)."""
-    return torch.softmax(torch.as_tensor(_array(log_probs, float)) / temperature, -1).numpy()
+    return torch.softmax(torch.as_tensor(as_array(log_probs, float)) / temperature, -1).numpy()
 
 
 def _binned_error(confidence: np.ndarray, hits: np.ndarray, bins: int, kind: str) -> float:
@@ -299,7 +310,7 @@ def _detected(scores: np.ndarray, positive: np.ndarray) -> tuple[np.ndarray, np.
 
 
 def _check_detection(scores: Array, positive: Array) -> tuple[np.ndarray, np.ndarray]:
-    scores, positive = _array(scores, float), _array(positive).astype(bool)
+    scores, positive = as_array(scores, float), as_array(positive).astype(bool)
     if scores.ndim != 1 or scores.shape != positive.shape or np.isnan(scores).any():
         raise ValueError(f"expected scores (N,) without NaN and positive (N,), got {scores.shape}, {positive.shape}")
     if positive.all() or not positive.any():
@@ -313,15 +324,9 @@ def _mean_distance(mean: np.ndarray, sd: np.ndarray) -> np.ndarray:
     return mean * (2 * special.ndtr(z) - 1) + 2 * sd * np.exp(-(z**2) / 2) / np.sqrt(2 * np.pi)
 
 
-def _array(values: Array, dtype: type | None = None) -> np.ndarray:
-    """As numpy has it, from any device and with or without a graph."""
-    return np.asarray(values.detach().cpu() if isinstance(values, Tensor) else values, dtype=dtype)
-
-
 def _check(probs: Array, labels: Array) -> tuple[np.ndarray, np.ndarray]:
-    probs, labels = _array(probs, float), _array(given(labels))
+    probs, labels = as_array(probs, float), as_array(given(labels))
     if probs.ndim != 2 or labels.shape != probs.shape[:1] or len(labels) == 0:
         raise ValueError(f"expected probs (N, C) and labels (N,) with N >= 1, got {probs.shape} and {labels.shape}")
-    if not np.all(np.abs(probs.sum(-1) - 1) < 1e-3) or probs.min() < -1e-6:
-        raise ValueError("expected rows of probs to be probabilities that add up to 1; write logits.softmax(-1)")
+    check_probabilities(probs)
     return probs, class_labels(labels, probs.shape[1])

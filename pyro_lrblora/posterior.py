@@ -10,16 +10,16 @@ from functools import wraps
 
 import pyro
 import torch
-from pyro import poutine
 from pyro.infer.autoguide import AutoDelta, AutoGuide, AutoLaplaceApproximation
 from pyro.nn import PyroModule
 from torch import Tensor
 
+from .counts import check_counts
 from .distributions import BlockCovariance, CovarianceFactors, FullCovariance
 from .guides import LatentGuide
 from .guides.delta import DeltaGuide
 from .guides.draws import DrawsGuide
-from .guides.ensemble import EnsembleGuide
+from .guides.ensemble import EnsembleGuide, traced_values
 from .guides.mirrored import Mirrored
 from .guides.stock import stock_covariance, stock_log_prob
 from .head import FixedHead
@@ -111,22 +111,15 @@ class Posterior:
         Returns:
             By site, (S, site shape).
         """
-        if draws < 1:
-            raise ValueError(f"expected draws >= 1, got draws={draws}")
+        check_counts(draws=draws)
         with torch.random.fork_rng(enabled=seed is not None):
             if seed is not None:
                 torch.manual_seed(seed)
             if isinstance(self.guide, DrawsGuide | EnsembleGuide):
                 return self.guide.spread(draws)
             with Mirrored() if antithetic and getattr(self.guide, "symmetric", False) else nullcontext():
-                drawn = [self._draw() for _ in range(draws)]
+                drawn = [traced_values(self.guide) for _ in range(draws)]
         return {name: torch.stack([values[name] for values in drawn]) for name in drawn[0]}
-
-    def _draw(self) -> dict[str, Tensor]:
-        """One draw of every site: the values alone, for a trace holds the guide's distributions too."""
-        trace = poutine.trace(self.guide).get_trace()
-        names = [name for name in trace.stochastic_nodes if not trace.nodes[name]["infer"].get("is_auxiliary")]
-        return {name: trace.nodes[name]["value"] for name in names}
 
     @local_parameters
     @torch.no_grad()

@@ -1,7 +1,8 @@
 """What `predict` returns, by kind of label: classes, numbers, or tokens; each with its scores.
 
-All have `labels`, `scores(bins)` (a name and a number each), `losses()` (what those of the scores that are means over
-rows are the means of) and `log_likelihood` (S, N); all but texts, which are given, `draw_labels()`.
+All have `labels`, `nll` (nats per observation), `observations` (rows, or scored tokens), `scores(bins)` (a name and a
+number each), `losses()` (what those of the scores that are means over rows are the means of) and `log_likelihood`
+(S, N); all but texts, which are given, `draw_labels()`.
 """
 
 from __future__ import annotations

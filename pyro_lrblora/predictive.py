@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from .adapters.rows import mixing_modules
 from .context import check_context
+from .counts import check_counts
 from .data import Batch, as_batches, batch_rows, check_class_order
 from .likelihoods import check_classes, prediction, summary
 from .linearised import draw_logits, logit_moments, probit_logits
@@ -72,8 +73,7 @@ def predict(
         raise ValueError(f"expected at='mean' or at=None, got at={at!r}")
     if not isinstance(posterior, Posterior):
         raise TypeError(f"expected a posterior, what lb.fit returned, got {type(posterior).__name__}")
-    if not (isinstance(draws, int) and draws >= 1):
-        raise ValueError(f"expected draws >= 1, an integer, got draws={draws!r}")
+    check_counts(draws=draws, fold=1 if fold is None else fold)
     if method not in _METHODS or (at and method != "monte_carlo"):
         raise ValueError(f"expected method to be one of {_METHODS}, and no at= with the last two, got {method!r}")
     model = posterior.model

@@ -10,9 +10,11 @@ from torch import Tensor
 
 from .adapters.targets import weight_shape
 from .context import check_context
+from .counts import check_counts
 from .data import as_batches
 from .posterior import local_parameters
-from .predictive import Prediction, predict_at
+from .predictions import Prediction
+from .predictive import predict_at
 
 
 @local_parameters
@@ -36,8 +38,7 @@ def prior_predictive(
     Raises:
         ValueError: draws < 1, empty data.
     """
-    if draws < 1:
-        raise ValueError(f"expected draws >= 1, got draws={draws}")
+    check_counts(draws=draws)
     batches = as_batches(data, tokenizer or model.tokenizer, batch_size=batch_size, by_length=True)
     check_context(model.network, batches.longest, "data")
     return predict_at(model, batches, prior_draws(model, draws, seed), model.head_values(), precision)

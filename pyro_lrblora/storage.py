@@ -24,7 +24,7 @@ from .posterior import Posterior, local_parameters
 from .provenance import versions
 
 _FORMAT = "pyro_lrblora posterior, version 5"
-FILES = ("posterior.json", "posterior.safetensors")
+FILES = ("posterior.safetensors", "posterior.json")  # the second is what makes a folder a posterior
 _TEXT = "A tokenizer's own words: 1,000 naïve films!"
 _PROBES = 16  # values kept of every base parameter, to recognise the base
 
@@ -71,8 +71,8 @@ def save(posterior: Posterior, folder) -> None:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     partial = [folder / f"{name}.partial" for name in FILES]
-    save_file(_plain(tensors), partial[1])
-    partial[0].write_text(json.dumps(card | {"sha256": _sha256(partial[1])}, indent=1))
+    save_file(_plain(tensors), partial[0])
+    partial[1].write_text(json.dumps(card | {"sha256": _sha256(partial[0])}, indent=1))
     # Both are whole before either takes the old one's place; a crash between the two moves shows in the hash.
     for path, name in zip(partial, FILES, strict=True):
         os.replace(path, folder / name)
@@ -160,17 +160,17 @@ def _read(folder: Path) -> tuple[dict, dict[str, Tensor]]:
     if missing:
         raise ValueError(f"expected {' and '.join(FILES)} in {folder}, missing {' and '.join(missing)}")
     try:
-        card = json.loads((folder / FILES[0]).read_text())
+        card = json.loads((folder / FILES[1]).read_text())
     except ValueError as error:
         raise ValueError(f"expected a posterior in {folder}, got a file that cannot be read: {error}") from error
     if not isinstance(card, dict) or card.get("format") != _FORMAT:
         raise ValueError(f"expected a file of format {_FORMAT!r} in {folder}, got {str(card)[:80]!r}")
-    if card.get("sha256") != _sha256(folder / FILES[1]):
+    if card.get("sha256") != _sha256(folder / FILES[0]):
         raise ValueError(
-            f"expected the {FILES[1]} that {FILES[0]} in {folder} was saved with, got a damaged one or one of another "
+            f"expected the {FILES[0]} that {FILES[1]} in {folder} was saved with, got a damaged one or one of another "
             "save; copy both files of one save, or save again"
         )
-    return card, load_file(folder / FILES[1])
+    return card, load_file(folder / FILES[0])
 
 
 def _typed(card: dict, name: str, *types: type | None):
@@ -241,9 +241,11 @@ def describe(spec) -> dict:
     if dataclasses.is_dataclass(spec) and type(spec).__module__.startswith(__package__):
 
         def nested(value):
+            if hasattr(value, "tolist"):  # a number or an array of numpy or torch
+                value = value.tolist()
             if isinstance(value, list | tuple | range | set | frozenset):
                 return [nested(v) for v in (sorted(value) if isinstance(value, set | frozenset) else value)]
-            plain = value is None or isinstance(value, bool | int | float | str) or hasattr(value, "tolist")
+            plain = value is None or isinstance(value, bool | int | float | str)
             return value if plain else describe(value)
 
         fields = {f.name: nested(getattr(spec, f.name)) for f in dataclasses.fields(spec)}

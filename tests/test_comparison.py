@@ -90,7 +90,7 @@ def test_wrong_rows_and_draws_are_refused(fits, reviews):
         elbo(fits["diagonal"], reviews["test"])
     with pytest.raises(ValueError, match="column 'label'"):
         elbo(fits["diagonal"], reviews["train"].remove_columns("label"))
-    with pytest.raises(ValueError, match="draws >= 1"):
+    with pytest.raises(ValueError, match="draws to be an integer >= 1"):
         psis_loo(fits["diagonal"], reviews["train"], draws=0)
 
 

@@ -226,6 +226,12 @@ def test_labels_in_a_list_are_refused():
         as_batches([batch])
 
 
+def test_labels_of_several_lengths_are_refused():
+    rows = datasets.Dataset.from_dict({"input_ids": [[1, 2, 3], [1, 2]], "labels": [[1, 2, 3], [1, 2]]})
+    with pytest.raises(ValueError, match=r"lists of several lengths; write lb.data.Texts"):
+        lb.Batches(rows, tiny_tokenizer())
+
+
 def test_every_pair_of_text_columns_is_a_pair():
     """QNLI has a question and a sentence: the sentence alone would be another task."""
     rows = datasets.Dataset.from_dict({"question": ["a film", "dull"], "sentence": ["good", "bad"], "label": [0, 1]})

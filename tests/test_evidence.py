@@ -180,7 +180,7 @@ def test_stored_draws_leave_one_out_without_a_density():
     assert not torch.equal(fewer.elpd, loo.elpd)
     with pytest.raises(ValueError, match="N=24 rows"):
         psis_loo(stored, problem.batches(24) * 2)
-    with pytest.raises(ValueError, match="draws >= 1"):
+    with pytest.raises(ValueError, match="draws to be an integer >= 1"):
         psis_loo(stored, problem.batches(24), draws=0)
 
 

@@ -133,7 +133,7 @@ def test_nothing_is_written_after_the_end_where_there_is_no_padding_token():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"draws": 0}, "draws >= 1"),
+        ({"draws": 0}, "draws to be an integer >= 1"),
         ({"at": "mode"}, "at='mean'"),
         ({"num_beams": 4}, "no beams"),
         ({"temperature": 0.5}, "do_sample=True"),

@@ -1,6 +1,7 @@
 """Laplace approximations against dense matrices: the Gauss-Newton matrix, its structures, and the evidence."""
 
 import math
+import sys
 
 import numpy as np
 import pyro
@@ -248,6 +249,7 @@ def test_bad_arguments(point):
         ({"prior_precision": 3.0}, "prior_precision to be one of"),
         ({"init": lb.infer.laplace(point.model, token_batches(24), init=point)}, "expected init= to be a point"),
         ({"init": point, "epochs": 3}, "no options of a fit"),
+        ({"structure": "low_rank", "rank": 0}, "rank to be an integer >= 1, got rank=0"),
     ):
         with pytest.raises(ValueError, match=message):
             lb.infer.laplace(point.model, token_batches(24), **options)
@@ -257,6 +259,14 @@ def test_bad_arguments(point):
     model = lb.BayesianLoRA(tiny_bert(), lb.LoRA(2, "all-linear"))
     with pytest.raises(ValueError, match="every latent site to cover all modules"):
         lb.infer.laplace(model, token_batches(16), prior_precision="per_module", steps=1, progress=False)
+
+
+def test_too_full_a_matrix_is_refused_before_the_point_is_fitted(monkeypatch):
+    fitted = lambda *args, **options: pytest.fail("a point was fitted")
+    monkeypatch.setattr(sys.modules["pyro_lrblora.infer.laplace"], "svi", fitted)
+    monkeypatch.setattr(sys.modules["pyro_lrblora.guides.full_rank"], "_COPIES", 1e9)
+    with pytest.raises(ValueError, match="most_gigabytes"):
+        lb.infer.laplace(lb.BayesianLoRA(tiny_bert(), lb.LoRAXS(2)), token_batches(), structure="full")
 
 
 def test_a_point_fitted_to_other_rows_is_refused(point, monkeypatch):

@@ -185,3 +185,11 @@ def test_a_guide_whose_form_decides_is_refused(problem):
     for spec in (lb.guides.LowRank(2), lb.guides.Diagonal(), lb.guides.FullRank(per_module=True)):
         with pytest.raises(TypeError, match="decides the rank"):
             low_rank(lb.Posterior(problem.model, spec(problem.model), spec))
+
+
+def test_one_module_at_a_site_is_not_all_of_them():
+    """LoRA on one module: two blocks per_module, each of a site with one module."""
+    spec, model = lb.guides.FullRank(per_module=True), LinearGaussian(rank=2, modules=1).model
+    model = lb.BayesianLoRA(model.network, lb.LoRA(2, targets="all-linear"), model.prior, model.likelihood, size=8)
+    with pytest.raises(TypeError, match="decides the rank"):
+        low_rank(lb.Posterior(model, spec(model), spec))

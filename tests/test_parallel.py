@@ -1,5 +1,6 @@
 """Many fits over processes: the same results, kept and not run again."""
 
+import os
 from functools import partial
 
 import joblib
@@ -60,6 +61,23 @@ def test_only_what_is_missing_runs_after_a_failure(tmp_path):
     (tmp_path / "seed 1" / "posterior.json").write_text("{")
     with pytest.raises(ValueError, match="cannot be read"):
         lb.parallel_fits(jobs, model.network, **options)
+
+
+@pytest.mark.filterwarnings("ignore::pyro_lrblora.ScalesNotConverged")
+def test_what_died_between_its_two_files_is_fitted_again(tmp_path, monkeypatch):
+    model, replace, moved = prepared(), os.replace, []
+
+    def once(source, target):
+        if moved:
+            raise KeyboardInterrupt
+        moved.append(replace(source, target))
+
+    monkeypatch.setattr(os, "replace", once)
+    with pytest.raises(KeyboardInterrupt):
+        lb.parallel_fits(seeds(model, [0]), model.network, folder=tmp_path, progress=False)
+    monkeypatch.setattr(os, "replace", replace)
+    again = lb.parallel_fits(seeds(model, [0]), model.network, folder=tmp_path, progress=False)
+    assert list(again) == ["seed 0"]
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")

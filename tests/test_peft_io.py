@@ -216,7 +216,7 @@ def test_each_draw_is_an_adapter(family, tmp_path):
 
 def test_what_cannot_be_exported_leaves_nothing(tmp_path, monkeypatch):
     posterior = posterior_of(lb.BayesianLoRA(tiny_bert(), lb.LoRAXS(2)))
-    with pytest.raises(ValueError, match="draws >= 1"):
+    with pytest.raises(ValueError, match="draws to be an integer >= 1"):
         posterior.export_peft(tmp_path / "none", draws=0)
     posterior.export_peft(tmp_path, draws=3)
     with pytest.raises(ValueError, match="other draws, got .*draw_002"):

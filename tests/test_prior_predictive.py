@@ -38,7 +38,7 @@ def test_prior_predictive_uses_the_same_functions_for_every_row():
     unlabelled = [{name: value for name, value in rows.items() if name != "labels"}]
     assert torch.equal(model.prior_predictive(unlabelled, draws=3, seed=2).logits, whole.logits)
     assert model.prior_predictive(unlabelled, draws=3).labels is None
-    with pytest.raises(ValueError, match="draws >= 1"):
+    with pytest.raises(ValueError, match="draws to be an integer >= 1"):
         model.prior_predictive([rows], draws=0)
 
 

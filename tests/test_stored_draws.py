@@ -47,7 +47,7 @@ def test_mean_covariance_and_density_of_stored_draws():
     assert not posterior.is_point
     with pytest.raises(TypeError, match="guide with a density"):
         posterior.log_prob(posterior.sample(2))
-    with pytest.raises(ValueError, match="draws >= 1"):
+    with pytest.raises(ValueError, match="draws to be an integer >= 1"):
         posterior.sample(0)
 
 

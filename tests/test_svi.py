@@ -3,6 +3,7 @@
 import math
 import warnings
 
+import numpy as np
 import pyro
 import pytest
 import torch
@@ -349,6 +350,17 @@ def test_progress_bar_tells_epoch_bound_and_kl(capsys):
     assert "epoch=2" in shown
     fit(lb.BayesianLoRA(tiny_bert(), lb.LoRAXS(2)), progress=False)
     assert capsys.readouterr().err == ""
+
+
+def test_integers_of_numpy_are_integers():
+    """for seed in np.arange(3): as a user writes it."""
+    model = lb.BayesianLoRA(tiny_bert(), lb.LoRAXS(2, layers=np.arange(1)))
+    ours, theirs = (fit(model, seed=kind(3), epochs=kind(1)) for kind in (int, np.int64))
+    assert same_posterior(ours, theirs)
+    of = lambda kind: lb.predict(ours, token_batches(), draws=kind(2), seed=kind(1), fold=kind(2)).logits
+    assert torch.equal(of(int), of(np.int64))
+    with pytest.raises(ValueError, match="fold to be an integer >= 1, got fold=-1"):
+        lb.predict(ours, token_batches(), fold=-1)
 
 
 BAD = [

@@ -362,6 +362,8 @@ def test_a_format_of_questions_alone_keeps_the_rest_of_the_items():
 def test_a_letter_that_is_not_in_the_vocabulary_is_refused():
     with pytest.raises(ValueError, match="letter 'A' to be one token"):
         letter_tokens(tiny_tokenizer(), 3)
+    with pytest.raises(ValueError, match="at most 26 choices"):
+        letter_tokens(tiny_tokenizer(), 27)
 
 
 # --- numbers

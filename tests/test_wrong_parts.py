@@ -218,8 +218,8 @@ def test_calls():
     for call, error, message in (
         (lambda: lb.fit(tiny_bert(), token_batches()), TypeError, r"write lb.BayesianLoRA\(network\)"),
         (lambda: lb.predict(prepared, token_batches()), TypeError, "what lb.fit returned, got BayesianLoRA"),
-        (lambda: lb.predict(posterior, token_batches(), draws=1.5), ValueError, "draws >= 1, an integer"),
-        (lambda: lb.predict(posterior, token_batches(), draws="8"), ValueError, "draws >= 1, an integer"),
+        (lambda: lb.predict(posterior, token_batches(), draws=1.5), ValueError, "draws to be an integer >= 1"),
+        (lambda: lb.predict(posterior, token_batches(), draws="8"), ValueError, "draws to be an integer >= 1"),
         (lambda: lb.Posterior.load("folder", "roberta-base"), TypeError, "the network itself"),
     ):
         with pytest.raises(error, match=message):

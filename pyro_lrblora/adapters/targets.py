@@ -110,7 +110,7 @@ def find_targets(
     }
     listed = [] if isinstance(targets, str) else targets
     idle = [target for target in listed if not any(_matches(name, [target]) for name in found)]
-    idle += sorted(set(layers or ()) - {_layer(name) for name in found})
+    idle += sorted(set(() if layers is None else layers) - {_layer(name) for name in found})
     if idle or not found:
         endings = sorted({_LAYER.split(name)[-1] for name in candidates})
         numbers = sorted({_layer(name) for name in candidates} - {None})

@@ -12,7 +12,7 @@ from .batches import Batches, EncodedBatches
 from .columns import check_columns, check_encodable, read_labels, read_rows, read_texts, token_limit
 from .texts import without_end
 
-_LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
 class Choices(EncodedBatches):
@@ -85,7 +85,8 @@ class Letters(Batches):
     Args:
         dataset, tokenizer, question, choices, label: as for Choices.
         template: of the prompt, with {question} and {choices}.
-        options: batch_size, max_length, shuffle, by_length, as for Choices.
+        max_length: as for Choices.
+        options: batch_size, shuffle, by_length, of Batches.
 
     Raises:
         ValueError, KeyError: as for Choices; more choices than letters.
@@ -104,8 +105,8 @@ class Letters(Batches):
         **options,
     ):
         questions, rows, labels = _items(dataset, tokenizer, question, choices, label)
-        if len(rows[0]) > len(_LETTERS):
-            raise ValueError(f"expected at most {len(_LETTERS)} choices, a letter each, got {len(rows[0])}")
+        if len(rows[0]) > len(LETTERS):
+            raise ValueError(f"expected at most {len(LETTERS)} choices, a letter each, got {len(rows[0])}")
         encoded = tokenizer(list(_prompts(questions, rows, template)))
         lengths = [len(without_end(ids, tokenizer)) for ids in encoded["input_ids"]]
         _check_lengths(lengths, tokenizer, max_length, 1)
@@ -117,7 +118,7 @@ class Letters(Batches):
 
 def _prompts(questions: Sequence[str], rows: Sequence[Sequence[str]], template: str) -> Iterator[str]:
     for text, row in zip(questions, rows, strict=True):
-        listed = "\n".join(f"{letter}. {choice}" for letter, choice in zip(_LETTERS, row, strict=False))
+        listed = "\n".join(f"{letter}. {choice}" for letter, choice in zip(LETTERS, row, strict=False))
         yield template.format(question=text, choices=listed)
 
 

@@ -103,7 +103,13 @@ def read_texts(dataset: datasets.Dataset, name: str) -> list[str]:
 
 def read_labels(dataset: datasets.Dataset, label: str) -> Tensor | None:
     """The label column, (N, ...); None where no row has a label."""
-    values = np.asarray(read_rows(dataset, label))
+    rows = list(read_rows(dataset, label))
+    if len({len(row) if isinstance(row, list) else None for row in rows}) > 1:
+        raise ValueError(
+            f"expected one label per row, or equally many, in column {label!r}, got lists of several lengths; write "
+            "lb.data.Texts(dataset, tokenizer) for labels that are a text's own tokens"
+        )
+    values = np.asarray(rows)
     if all(value is None for value in values.flat):
         return None
     if values.dtype.kind not in "iufb":

@@ -36,7 +36,7 @@ def calibration(probs: Array, labels: Array, bins: int = 15, simulations: int = 
     if simulations < 20:
         raise ValueError(f"expected simulations >= 20, got simulations={simulations}")
     values = {name: form(probs, labels) for name, form in forms.items()}
-    probs, labels = np.asarray(probs, dtype=float), np.asarray(labels).astype(int)
+    probs, labels = metrics.as_array(probs, float), metrics.as_array(labels).astype(int)
     perfect, curves = _perfect(forms, probs, simulations, seed)
     rows = {}
     for name, form in forms.items():
@@ -128,7 +128,7 @@ def _perfect(forms, probs: np.ndarray, simulations: int, seed: int) -> tuple[pd.
 
 def _top(probs: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Confidence and hits of the top class, (N,) each."""
-    probs, labels = np.asarray(probs, dtype=float), np.asarray(labels)
+    probs, labels = metrics.as_array(probs, float), metrics.as_array(labels)
     return probs.max(-1), (probs.argmax(-1) == labels).astype(float)
 
 

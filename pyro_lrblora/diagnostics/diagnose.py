@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 
 from .. import metrics
+from ..counts import check_counts
 from ..data import as_batches, in_one_order
 from ..evidence import check_fitted_rows, importance, psis_loo, why_no_density
 from ..formatting import brief
@@ -94,9 +95,7 @@ def diagnose(
     """
     if not isinstance(posterior, Posterior):
         raise TypeError(f"expected a posterior, what lb.fit returned, got {type(posterior).__name__}")
-    for name, value in {"draws": draws, "evidence_draws": evidence_draws}.items():
-        if not (isinstance(value, int) and value >= 1):
-            raise ValueError(f"expected {name} to be an integer >= 1, got {name}={value!r}")
+    check_counts(draws=draws, evidence_draws=evidence_draws)
     tokenizer = tokenizer or posterior.model.tokenizer
     given = {"test": test, "train": train, "validation": validation, "outside": outside}
     data = {

@@ -10,7 +10,7 @@ import pandas as pd
 import torch
 
 from .. import metrics
-from ..predictive import Prediction
+from ..predictions import Prediction
 
 
 def draws_sweep(
@@ -34,8 +34,7 @@ def draws_sweep(
         sizes = [2**k for k in range(draws.bit_length()) if 2**k < draws] + [draws]
     if not sizes or min(sizes) < 1 or max(sizes) > draws or repeats < 2:
         raise ValueError(f"expected sizes within 1..{draws} and repeats >= 2, got {list(sizes)} and repeats={repeats}")
-    labels = prediction.labels
-    whole = _scores(prediction.probs, labels, bins)
+    whole = prediction.scores(bins)
     generator = np.random.default_rng(seed)
     log_probs, table = prediction.logits.log_softmax(-1), {}
     for size in sorted(set(sizes)):
@@ -44,7 +43,7 @@ def draws_sweep(
             continue
         subsets = [_subset(generator, draws, size) for _ in range(repeats)]
         scores = pd.DataFrame(
-            [_scores(Prediction(log_probs[torch.as_tensor(rows)], None).probs, labels, bins) for rows in subsets]
+            [Prediction(log_probs[torch.as_tensor(rows)], prediction.labels).scores(bins) for rows in subsets]
         )
         # Subsets of one finite set of draws vary less than fresh draws would, by this share of the variance.
         error = scores.std(ddof=1) / np.sqrt(1 - size / draws)
@@ -52,9 +51,8 @@ def draws_sweep(
     frame = pd.DataFrame.from_dict(table, orient="index")
     frame.index.name = "draws"
     frame = frame[[column for name in whole for column in (name, f"{name} SE")]]
-    rows = -np.log(np.maximum(_of_label(prediction.probs, labels), 1e-30))
-    spread = rows.std(ddof=1) / np.sqrt(len(rows)) if len(rows) > 1 else np.inf
-    tolerance = float(min(0.01 * whole["NLL"], spread))
+    # Of one row there is no standard error, and only the share counts.
+    tolerance = float(np.fmin(0.01 * whole["NLL"], metrics.standard_error(prediction.losses()["NLL"])))
     return DrawsSweep(frame, draws, whole["NLL"], tolerance, "one draw: nothing to average" if draws == 1 else "")
 
 
@@ -63,7 +61,7 @@ class DrawsSweep:
     """Scores by number of draws.
 
     Args:
-        table: indexed by the number of draws: accuracy, NLL (nats), Brier, ECE, each the mean over subsets, and beside
+        table: indexed by the number of draws: accuracy, NLL (nats), ECE, Brier, each the mean over subsets, and beside
             it its Monte Carlo standard error, that of one prediction with so many fresh draws; NaN at all S.
         draws: S.
         full: NLL with all S, nats.
@@ -95,16 +93,3 @@ def _subset(generator: np.random.Generator, draws: int, size: int) -> np.ndarray
         return generator.permutation(draws)[:size]
     pairs = generator.permutation(draws // 2)[: size // 2]
     return (2 * pairs[:, None] + np.arange(2)).ravel()
-
-
-def _scores(probs, labels, bins: int) -> dict[str, float]:
-    return {
-        "accuracy": metrics.accuracy(probs, labels),
-        "NLL": metrics.nll(probs, labels),
-        "Brier": metrics.brier(probs, labels),
-        "ECE": metrics.ece(probs, labels, bins),
-    }
-
-
-def _of_label(probs, labels) -> np.ndarray:
-    return np.asarray(probs, dtype=float)[np.arange(len(labels)), np.asarray(labels)]

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
+from .. import metrics
 from ..metrics import Array, standard_error
 
 
@@ -22,11 +23,10 @@ def against_votes(probs: Array, votes: Array, simulations: int = 100, seed: int 
     Raises:
         ValueError: shapes that differ, no rows, votes that are no counts, a row without votes, no probabilities.
     """
-    probs, votes = np.asarray(probs, dtype=float), np.asarray(votes)
+    probs, votes = metrics.as_array(probs, float), metrics.as_array(votes)
     if probs.ndim != 2 or probs.shape != votes.shape or len(votes) == 0:
         raise ValueError(f"expected probs and votes (N, C) with N >= 1, got {probs.shape} and {votes.shape}")
-    if not np.all(np.abs(probs.sum(-1) - 1) < 1e-3) or probs.min() < -1e-6:
-        raise ValueError("expected rows of probs to be probabilities that add up to 1; write logits.softmax(-1)")
+    metrics.check_probabilities(probs)
     if votes.min() < 0 or (votes != np.round(votes)).any() or (votes.sum(-1) < 1).any():
         raise ValueError("expected votes to be counts, at least one per row; write shares times the number of voters")
     if simulations < 1:

@@ -74,6 +74,9 @@ class Intervals:
 
 def _shape(pit: np.ndarray) -> str:
     bias, width = bias_and_width(np.minimum((pit * (_RANKS + 1)).astype(int), _RANKS), _RANKS)
-    words = [word for value, words in ((bias, ("too high", "too low")), (width, ("too wide", "too narrow")))
-             for word, clear in zip(words, (value < -_ERRORS, value > _ERRORS), strict=True) if clear]  # fmt: skip
+    words = []
+    if abs(bias) > _ERRORS:
+        words.append("too low" if bias > 0 else "too high")
+    if abs(width) > _ERRORS:
+        words.append("too narrow" if width > 0 else "too wide")
     return ", ".join(words)

@@ -114,7 +114,7 @@ def check_random(reference: Posterior, random: Posterior) -> None:
 
 
 def _check(posterior: Posterior) -> None:
-    free = isinstance(posterior.guide, FullRankGuide) and posterior.guide.runs[0][0] == 1
+    free = isinstance(posterior.guide, FullRankGuide) and posterior.guide.joint
     if not (free or isinstance(posterior.guide, DrawsGuide)):
         raise TypeError(
             f"expected a reference of stored draws or with a free covariance, got {posterior.guide_spec!r}, whose form "

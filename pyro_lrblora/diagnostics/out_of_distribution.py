@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 
 from .. import metrics
-from ..predictive import Prediction
+from ..predictions import Prediction
 from .uncertainty import decompose
 
 _NEEDS_DRAWS = ["mutual information", "disagreement"]

@@ -13,6 +13,7 @@ import datasets
 import pandas as pd
 from torch import Tensor
 
+from ..counts import check_counts
 from ..data import as_batches, batch_rows
 from ..guides import FullRank
 from ..infer import Rates, svi
@@ -160,9 +161,7 @@ class SBC:
 
 
 def _check_arguments(model, fit, quantities, **counts: int) -> None:
-    for name, value in counts.items():
-        if not (isinstance(value, int) and value >= 1):
-            raise ValueError(f"expected {name} to be an integer >= 1, got {name}={value!r}")
+    check_counts(**counts)
     for what, value in {"fit": fit, **quantities}.items():
         if not callable(value):
             raise TypeError(f"expected {what!r} to be a function, got {type(value).__name__}")

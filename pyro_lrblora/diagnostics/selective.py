@@ -25,7 +25,7 @@ def risk_coverage(probs: Array, labels: Array, confidence: Array | None = None) 
     rows = len(risk)
     counts = np.arange(1, rows + 1)
     right = round(rows * (1 - risk[-1]))
-    values = np.asarray(probs).max(-1) if confidence is None else np.asarray(confidence)
+    values = metrics.as_array(probs).max(-1) if confidence is None else metrics.as_array(confidence)
     same = rows > 1 and len(np.unique(values)) == 1
     return RiskCoverage(
         coverage=counts / rows,

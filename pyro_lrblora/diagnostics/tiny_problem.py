@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters import LoRAXS
+from ..counts import check_counts
 from ..model import BayesianLoRA
 from ..priors import Normal
 from ..projections import Random
@@ -21,8 +22,7 @@ def tiny_problem(rows: int = 100, seed: int = 0) -> tuple[BayesianLoRA, list[dic
         rows: N.
         seed: of network and inputs.
     """
-    if not (isinstance(rows, int) and rows >= 1):
-        raise ValueError(f"expected rows to be an integer >= 1, got rows={rows!r}")
+    check_counts(rows=rows)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         network, x = _TinyNetwork().requires_grad_(False), torch.randn(rows, 5)

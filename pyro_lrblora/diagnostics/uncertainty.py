@@ -11,7 +11,7 @@ import pandas as pd
 import torch
 
 from ..data.columns import text_columns
-from ..predictive import Prediction
+from ..predictions import Prediction
 
 _SCORES = ["entropy", "expected_entropy", "mutual_information", "disagreement", "max_probability"]
 _POINT = "one draw: mutual information and disagreement are zero by construction, not by knowledge"

@@ -9,7 +9,7 @@ from typing import ClassVar
 import pyro.distributions as dist
 import torch
 from pyro.nn import PyroParam
-from torch import Tensor, nn
+from torch import nn
 from torch.distributions import constraints
 
 from .latent_guide import Curvature, LatentGuide
@@ -56,15 +56,14 @@ class DiagonalGuide(LatentGuide):
             raise ValueError(
                 f"expected point_sites among {list(self.sites.shapes)}, and not all of them, got {list(point_sites)}"
             )
+        self._all_random = bool(self._random.all())  # once: on a GPU it waits for what is queued
         self._point_sd = _POINT_SD * prior_sd
         self.scale = PyroParam(start_scale * prior_sd[self._random], constraints.positive)
 
     def distribution(self) -> dist.Independent:
-        return dist.Normal(self.loc, self._spread(self.scale)).to_event(1)
+        scale = self.scale if self._all_random else self._point_sd.masked_scatter(self._random, self.scale)
+        return dist.Normal(self.loc, scale).to_event(1)
 
     def begin(self, curvature: Curvature) -> None:
         self.loc.data.copy_(curvature.loc)
         self.scale = curvature.diagonal.rsqrt()[self._random]
-
-    def _spread(self, scale: Tensor) -> Tensor:
-        return scale if self._random.all() else self._point_sd.masked_scatter(self._random, scale)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import pyro
@@ -64,6 +64,14 @@ class EnsembleGuide(PyroModule):
 
     def spread(self, draws: int) -> dict[str, Tensor]:
         """Draws by site, (draws, site shape), the members taking turns."""
-        traces = [poutine.trace(self.draw).get_trace(number % len(self.members)) for number in range(draws)]
-        names = [n for n in traces[0].stochastic_nodes if not traces[0].nodes[n]["infer"].get("is_auxiliary")]
-        return {name: torch.stack([trace.nodes[name]["value"] for trace in traces]) for name in names}
+        drawn = [traced_values(self.draw, number % len(self.members)) for number in range(draws)]
+        return {name: torch.stack([values[name] for values in drawn]) for name in drawn[0]}
+
+
+def traced_values(program: Callable, *args) -> dict[str, Tensor]:
+    """The value of every site that a program samples, auxiliary ones left out.
+
+    The values alone: a trace holds the distributions too, which are many times as large.
+    """
+    nodes = poutine.trace(program).get_trace(*args).iter_stochastic_nodes()
+    return {name: node["value"] for name, node in nodes if not node["infer"].get("is_auxiliary")}

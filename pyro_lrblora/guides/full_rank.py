@@ -71,6 +71,11 @@ class FullRankGuide(LatentGuide):
         for number, (count, size) in enumerate(self.runs):
             setattr(self, f"factor_{number}", nn.Parameter(loc.new_zeros(count, size, size)))
 
+    @property
+    def joint(self) -> bool:
+        """Whether all latents are in one covariance."""
+        return len(self.runs) == 1 and self.runs[0][0] == 1
+
     def distribution(self) -> Blocks:
         sizes = [count * size for count, size in self.runs]
         locs, scales = self.loc.split(sizes), self.scale.split(sizes)
@@ -81,7 +86,7 @@ class FullRankGuide(LatentGuide):
         return Blocks(parts)
 
     def begin(self, curvature: Curvature) -> None:
-        blocks = [curvature.dense()] if len(self.runs) == 1 and self.runs[0][0] == 1 else None
+        blocks = [curvature.dense()] if self.joint else None
         blocks = blocks or [block.dense() for _, block in curvature.blocks(self.sites)]
         self.set(curvature.loc, [precision_to_root(block) for block in blocks])
 

@@ -11,6 +11,7 @@ from pyro.infer.autoguide.initialization import InitMessenger, init_to_value
 from torch import Tensor
 
 from ..arviz_io import convergence
+from ..counts import check_counts
 from ..data import Batch
 from ..guides.draws import Draws, DrawsGuide
 from ..model import BayesianLoRA
@@ -62,9 +63,7 @@ def check_chain_arguments(model: BayesianLoRA, **counts: int) -> None:
             "expected head='bayesian' or head=lb.fixed_from(posterior) for a Markov chain, got head='point', which is "
             "trained and not sampled; write model.with_head('bayesian')"
         )
-    for name, value in counts.items():
-        if not (isinstance(value, int) and value >= 1):
-            raise ValueError(f"expected {name} to be an integer >= 1, got {name}={value!r}")
+    check_counts(**counts)
 
 
 def starting_point(model: BayesianLoRA, init: Posterior | None) -> dict[str, Tensor]:

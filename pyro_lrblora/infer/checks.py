@@ -9,6 +9,7 @@ import torch
 from pyro import poutine
 from pyro.poutine.util import site_is_subsample
 
+from ..counts import check_counts
 from ..guides import LatentGuide
 from ..model import PRECISIONS, BayesianLoRA
 from .progress import SCHEDULES
@@ -36,9 +37,7 @@ def check_settings(settings: Mapping[str, object]) -> None:
     given = [name for name in _OPTIONAL_COUNTS if settings[name] is not None]
     least = dict.fromkeys((*_COUNTS, *given), 1) | {"map_epochs": 0, "seed": 0}
     for name, bound in least.items():
-        value = settings[name]
-        if not (isinstance(value, int) and value >= bound):
-            raise ValueError(f"expected {name} to be an integer >= {bound}, got {name}={value!r}")
+        check_counts(bound, **{name: settings[name]})
     clip, warmup, rates = settings["clip"], settings["warmup"], settings["rates"]
     if clip is not None and not clip > 0:
         raise ValueError(f"expected clip > 0, got clip={clip!r}; write clip=None for no clipping")

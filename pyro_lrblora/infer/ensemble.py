@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from ..counts import check_counts
 from ..data import EncodedBatches, as_batches
 from ..guides import Delta
 from ..guides.ensemble import Ensemble, EnsembleGuide
@@ -56,8 +57,7 @@ def ensemble(
     Raises:
         ValueError: fewer than 2 members, or an option that is not for an ensemble.
     """
-    if not (isinstance(members, int) and members >= 2):
-        raise ValueError(f"expected members to be an integer >= 2, got members={members!r}")
+    check_counts(2, members=members)
     if "init" in options:
         raise ValueError("expected no init= for an ensemble: its members start apart; write members= and spread=")
     if "resume_from" in options:

@@ -8,9 +8,10 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
+from ..counts import check_counts
 from ..data import as_batches, batch_rows
 from ..evidence import check_fitted_rows
-from ..guides import Delta
+from ..guides import Delta, FullRank
 from ..model import BayesianLoRA
 from ..posterior import Posterior, local_parameters
 from ..priors import Normal
@@ -85,13 +86,16 @@ def laplace(
             if not same:
                 raise ValueError(f"expected init= fitted with the model's {part} {ours!r}, got {theirs!r}")
     _check_program(model, prior_precision)
+    if structure == "low_rank":
+        check_counts(rank=rank)
+    if structure == "full" and subspace_known(model):
+        FullRank().check_memory(model)
     tokenizer = tokenizer or model.tokenizer
     if init is None:
         init = svi(model, train, guide=Delta(), seed=seed, tokenizer=tokenizer, **options)
     model = init.model
     _check_program(model, prior_precision)
-    size = {"batch_size": options.get("batch_size", 32)}
-    batches = as_batches(train, tokenizer, by_length=True, **size).restarted()
+    batches = as_batches(train, tokenizer, batch_size=options.get("batch_size", 32), by_length=True).restarted()
     check_fitted_rows(init, batches)
     at = model.sites.join(init.mean())
     with torch.random.fork_rng():

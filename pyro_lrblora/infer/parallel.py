@@ -6,6 +6,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from numbers import Integral
 from pathlib import Path
 
 import torch
@@ -15,8 +16,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..posterior import Posterior
-
-_FILES = ("posterior.safetensors", "posterior.json")  # the second is what makes a folder a posterior
+from ..storage import FILES
 
 
 def parallel_fits(
@@ -59,7 +59,7 @@ def parallel_fits(
             the standard error stream.
     """
     folders = {} if folder is None else {name: Path(folder) / _checked(name) for name in jobs}
-    held = [name for name, where in folders.items() if (where / _FILES[1]).exists()]
+    held = [name for name, where in folders.items() if (where / FILES[1]).exists()]
     posteriors = {name: Posterior.load(folders[name], network, **load) for name in held}
     attempts = {name: partial(_attempt, job) for name, job in jobs.items() if name not in posteriors}
     failed = {}
@@ -126,7 +126,7 @@ def processes(n_jobs: int | None) -> int:
     Raises:
         ValueError: n_jobs is 0 or no integer.
     """
-    if not (n_jobs is None or isinstance(n_jobs, int) and n_jobs != 0):
+    if not (n_jobs is None or isinstance(n_jobs, Integral) and n_jobs != 0):
         raise ValueError(f"expected n_jobs to be an integer >= 1, -1 or None, got n_jobs={n_jobs!r}")
     return effective_n_jobs(n_jobs)
 
@@ -152,14 +152,14 @@ def _packed(job: Callable[[], object]) -> dict[str, bytes] | object:
         return found
     with tempfile.TemporaryDirectory() as folder:
         found.save(folder)
-        return {name: (Path(folder) / name).read_bytes() for name in _FILES}
+        return {name: (Path(folder) / name).read_bytes() for name in FILES}
 
 
 def _unpacked(files: Mapping[str, bytes], network: nn.Module, load: Mapping, folder: Path | None) -> Posterior:
     with tempfile.TemporaryDirectory() as elsewhere:
         folder = folder or Path(elsewhere)
         folder.mkdir(parents=True, exist_ok=True)
-        for name in _FILES:
+        for name in FILES:
             partial_file = folder / f"{name}.partial"
             partial_file.write_bytes(files[name])
             partial_file.replace(folder / name)

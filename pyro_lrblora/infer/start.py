@@ -8,7 +8,7 @@ from contextlib import suppress
 import torch
 from pyro import poutine
 
-from ..adapters.targets import base_weight, weight_shape
+from ..adapters.targets import weight_shape
 from ..data import check_class_order
 from ..fisher import fisher
 from ..guides import Curvature, Delta, LatentGuide
@@ -78,7 +78,7 @@ def in_same_subspace(
     model: BayesianLoRA, tensors: Mapping[str, torch.Tensor], values: Mapping, rows: int, tokenizer
 ) -> BayesianLoRA:
     """in_subspace without its passes over the data, from what `subspace_of` returned."""
-    shapes = {name: tuple(base_weight(module).shape) for name, module in model.modules.items()}
+    shapes = {name: tuple(weight_shape(module)) for name, module in model.modules.items()}
     frozen = {name: value.to(model.device) for name, value in under("adapter.", tensors).items()}
     head, centre = under("head.", tensors), under("head_centre.", tensors)
     new = model._copy(

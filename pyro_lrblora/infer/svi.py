@@ -301,7 +301,8 @@ def _validation_nll(posterior: Posterior, batches, draws: int, precision: str, w
 
 
 def _line(row: dict) -> str:
-    return ", ".join(f"{name} {value:.4g}" for name, value in row.items() if value is not None)
+    told = lambda value: value if isinstance(value, int) else f"{value:.4g}"
+    return ", ".join(f"{name} {told(value)}" for name, value in row.items() if value is not None)
 
 
 def _device(name: str) -> str:

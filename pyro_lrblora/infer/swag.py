@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 
 import torch
@@ -62,7 +63,8 @@ def swag(
         batch_size: rows per batch, for a datasets.Dataset.
         seed: of the point fit and the order of batches.
         precision: of the network, as for svi, in the point fit and while collecting.
-        callbacks: called at every snapshot with {"snapshot", "step", "log_joint"} and the point at that moment.
+        callbacks: called at every snapshot with the history's row for it, {"snapshot", "step", "log_joint", "seconds"},
+            and the point at that moment.
         progress: show a progress bar.
         tokenizer: for a datasets.Dataset, where the model has none.
         options: of svi, for the point fit.
@@ -160,16 +162,19 @@ def _collect(point, train, snapshots, every, columns, rates, clip, precision, ca
     elbo = PartedELBO(False, model.sites.shapes)
     optimiser, scaler = optimiser_of(point, rates), gradient_scaler(model, precision)
     moments, batches = Moments(columns), endless(train)
-    for number in tqdm(range(snapshots), disable=not progress, desc="SWAG", unit="snapshot"):
+    before = point.history[-1]["step"] if point.history else 0
+    for number in tqdm(range(1, snapshots + 1), disable=not progress, desc="SWAG", unit="snapshot"):
+        begun = time.perf_counter()
         for _ in range(every):
             position, batch = next(batches)
             where, weight = (position, None), row_weight(batch, train)
             add_gradients(model, elbo, model, guide, batch, where, precision, weight, scaler)
             step(optimiser, clip, scaler)
         moments.add(guide.loc, {} if head is None else head.state_dict())
-        row = {"snapshot": number + 1, "step": (number + 1) * every, "log_joint": elbo.bound.elbo}
+        row = {"snapshot": number, "step": before + number * every, "log_joint": elbo.bound.elbo}
+        point.history.append(row | {"seconds": time.perf_counter() - begun})
         for callback in callbacks:
-            callback(row, point)
+            callback(point.history[-1], point)
     return moments
 
 

@@ -11,6 +11,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
+from ..data.choices import LETTERS
 from .categorical import check_finite, logits_of
 
 
@@ -71,10 +72,12 @@ def letter_tokens(tokenizer, choices: int, prefix: str = " ") -> tuple[int, ...]
         prefix: what stands between the prompt and the letter.
 
     Raises:
-        ValueError: a letter is not one token of its own.
+        ValueError: more choices than letters, a letter that is not one token of its own.
     """
+    if choices > len(LETTERS):
+        raise ValueError(f"expected at most {len(LETTERS)} choices, a letter each, got {choices}")
     ids = []
-    for letter in "ABCDEFGHIJKLMNOPQRSTUVWXYZ"[:choices]:
+    for letter in LETTERS[:choices]:
         # After another token, since tokenizers treat the start of a text as a case of its own.
         whole = tokenizer(f":{prefix}{letter}", add_special_tokens=False)["input_ids"]
         before = tokenizer(":", add_special_tokens=False)["input_ids"]

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from .. import metrics
-from ..predictive import Prediction
+from ..predictions import Prediction
 from .canvas import BLUE, GREY, INK, canvas
 
 
