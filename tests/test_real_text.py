@@ -136,7 +136,7 @@ def test_the_scripts_run(builtin, shared, tmp_path):
 def test_the_grid_goes_on_past_a_failure_and_resumes(builtin, tmp_path):
     """models/compare_families.py: a reason for what fails, three files of one table, and no fit made twice."""
     out = tmp_path / "grid"
-    rows = ["--rows", "32", "--validation-rows", "32", "--test-rows", "32", "--draws", "2", "--evidence-draws", "2"]
+    rows = ["--rows", "16", "--validation-rows", "16", "--test-rows", "24", "--draws", "2", "--evidence-draws", "2"]
     small = [*rows, "--epochs", "1", "--layers", "5", "--rank", "2", "--prior", "StudentT", "--out", str(out)]
 
     def run(*options):

@@ -14,7 +14,7 @@ from conftest import SHARED, tiny_bert, tiny_reviews, tiny_tokenizer
 import pyro_lrblora as lb
 
 ROOT = Path(__file__).resolve().parents[1]
-SMALL = ["--rows", "24", "--validation-rows", "12", "--test-rows", "12", "--epochs", "1", "--draws", "2", "--rank", "2"]
+SMALL = ["--rows", "12", "--validation-rows", "6", "--test-rows", "8", "--epochs", "1", "--draws", "2", "--rank", "2"]
 MINILM, LLAMA = (str(SHARED / "weights" / name) for name in ("all-MiniLM-L6-v2", "stories260K-llama"))
 UPPER, FEW = ["--layers", "5"], ["--evidence-draws", "2"]
 

@@ -142,14 +142,14 @@ def test_families_against_nuts_on_a_network_that_is_not_linear(reference, prior)
     model, train, test, nuts = reference(prior)
     assert nuts.settings["r_hat"] < 1.05
     distance = {}
-    guides = [lb.guides.Diagonal(), lb.guides.LowRankPrecision(4), lb.guides.FullRank()]
+    guides = [lb.guides.Diagonal(), lb.guides.FullRank()]
     if isinstance(prior, lb.priors.Normal):
-        guides += [lb.guides.LowRank(4)]
+        guides += [lb.guides.LowRank(4), lb.guides.LowRankPrecision(4)]
     for guide in guides:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", lb.ScalesNotConverged)
             rates = lb.Rates(loc=0.03, scale=0.03, factor=0.03)
-            posterior = lb.fit(model, train, guide=guide, epochs=400, rates=rates, progress=False)
+            posterior = lb.fit(model, train, guide=guide, epochs=250, rates=rates, progress=False)
         found = against_reference(posterior, nuts, test)
         distance[type(guide).__name__] = found.correlation_error
         assert found.mean_error.abs().mean() < 0.4, (guide, found.table)
