@@ -52,12 +52,12 @@ def generate(
         antithetic: as in predict.
         precision: "fp32", "bf16" or "fp16".
         tokenizer: for texts, where the model has none.
-        options: of transformers' generate, such as repetition_penalty; beams, stop_strings and generation_config are
-            not among them.
+        options: of transformers' generate, such as repetition_penalty; beams, stop_strings, stopping_criteria and
+            generation_config are not among them.
 
     Raises:
-        ValueError: draws < 1, no prompts, texts without a tokenizer that pads, beams, stop_strings, a network that
-            cannot generate or whose context is too short.
+        ValueError: draws < 1, no prompts, texts without a tokenizer that pads, beams, another end than a token, a
+            network that cannot generate or whose context is too short.
     """
     model = posterior.model
     tokenizer = tokenizer or model.tokenizer
@@ -77,12 +77,14 @@ def generate(
         raise ValueError(
             f"expected other options of generate, got {ours}; write each option by itself, max_new_tokens= for a length"
         )
-    # A row that ended with a string is filled up until the last one ends, and no token tells where that begins.
-    if options.get("stop_strings") is not None:
-        raise ValueError(
-            f"expected texts to end with a token, got stop_strings={options['stop_strings']!r}; write eos_token_id= "
-            "with the numbers of the tokens that end one"
-        )
+    # A row that ended in another way is filled up until the last one ends, and no token tells where that begins.
+    strings = options.get("stop_strings", network.generation_config.stop_strings)
+    for name, value in {"stop_strings": strings, "stopping_criteria": options.get("stopping_criteria")}.items():
+        if value is not None:
+            raise ValueError(
+                f"expected texts to end with a token, got {name}={value!r}; write eos_token_id= with the numbers of "
+                "those that end one"
+            )
     inputs = _encoded(prompts, tokenizer, network.config.is_encoder_decoder)
     values = posterior.mean() if at else posterior.sample(draws, seed=seed, antithetic=antithetic)
     if values.keys() & model.head_start.keys():

@@ -229,6 +229,12 @@ def test_rank_that_does_not_fit(adapter, rank):
         lb.BayesianLoRA(tiny_bert(), adapter(rank))
 
 
+@pytest.mark.parametrize("alpha", [0, -1, float("nan")])
+def test_a_scale_that_leaves_no_update_is_refused(alpha):
+    with pytest.raises(ValueError, match="alpha > 0, or None for no scaling"):
+        lb.LoRA(2, alpha=alpha)
+
+
 def test_output_embedding_is_never_adapted():
     config = transformers.GPT2Config(vocab_size=60, n_embd=16, n_layer=1, n_head=2)
     text = lb.likelihoods.NextToken()

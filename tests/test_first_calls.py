@@ -61,7 +61,7 @@ def test_a_projection_of_ones_own_is_loaded_with_its_basis(tmp_path):
         lb.BayesianLoRA(tiny_bert(), loaded.model.adapter).prepare(token_batches())
 
 
-def test_labels_that_are_no_classes_are_not_predicted_as_some():
+def test_labels_that_are_no_classes_are_not_predicted_as_some(monkeypatch):
     several = lambda outputs, batch: pyro.sample(
         "labels", dist.Bernoulli(logits=lb.likelihoods.logits_of(outputs)).to_event(1), obs=batch.get("labels")
     )
@@ -70,6 +70,16 @@ def test_labels_that_are_no_classes_are_not_predicted_as_some():
     posterior = lb.fit(model, batches, epochs=1, progress=False)
     with pytest.raises(TypeError, match="classes, one per logit, got Independent.*`summary` and `prediction`"):
         lb.predict(posterior, batches)
+    monkeypatch.setattr("pyro_lrblora.infer.loop.Loop.run_epoch", lambda *_: pytest.fail("an epoch was run"))
+    with pytest.raises(TypeError, match="classes, one per logit, got Independent"):
+        lb.fit(model, batches, validation=batches, epochs=1, progress=False)
+
+
+def test_draws_that_a_network_makes_no_numbers_of_are_told():
+    posterior = fitted(guide=lb.guides.Diagonal())
+    posterior.guide.loc.data.fill_(1e38)
+    with pytest.raises(FloatingPointError, match="NaN in logits at 4 of 4 draws"):
+        lb.predict(posterior, token_batches(), draws=4)
 
 
 def test_a_frozen_head_is_not_given_the_data_s_order_of_classes():

@@ -145,6 +145,7 @@ def test_nothing_is_written_after_the_end_where_there_is_no_padding_token():
         ({"max_length": 10}, "max_new_tokens="),
         ({"generation_config": {"max_new_tokens": 3}}, "write each option by itself"),
         ({"stop_strings": ["."]}, "write eos_token_id="),
+        ({"stopping_criteria": [lambda *_: True]}, "got stopping_criteria=.*write eos_token_id="),
     ],
     ids=str,
 )

@@ -29,6 +29,9 @@ class LoRA:
         targets: "attention", "mlp", "all-linear", a list of names, or a regular expression for the whole name.
         layers: only modules in layers with these numbers.
         alpha: the update is scaled by alpha / rank, as in PEFT; None means no scaling.
+
+    Raises:
+        ValueError: alpha <= 0.
     """
 
     rank: int = 8
@@ -36,6 +39,10 @@ class LoRA:
     layers: Sequence[int] | None = None
     alpha: float | None = None
     statistics: ClassVar[None] = None
+
+    def __post_init__(self):
+        if self.alpha is not None and not self.alpha > 0:
+            raise ValueError(f"expected alpha > 0, or None for no scaling, got alpha={self.alpha!r}")
 
     @property
     def scaling(self) -> float:

@@ -11,6 +11,7 @@ from pyro.poutine.util import site_is_subsample
 
 from ..counts import check_counts
 from ..guides import LatentGuide
+from ..likelihoods import check_classes
 from ..model import PRECISIONS, BayesianLoRA
 from .progress import SCHEDULES
 from .step import Rates
@@ -125,6 +126,15 @@ def check_prior(model: BayesianLoRA) -> None:
                 f"expected the prior of {name!r} over all real numbers, got support {fn.support}, which a "
                 "guide's draws would leave; write a prior such as dist.Normal or dist.StudentT"
             )
+
+
+def check_predictable(model: BayesianLoRA, validation) -> None:
+    """Raise a TypeError for a user's own likelihood whose rows `predict` cannot score, as it does after every epoch."""
+    if hasattr(model.likelihood, "summary") or hasattr(model.likelihood, "logits"):
+        return
+    batch = model.to_device(next(iter(validation)))
+    with torch.no_grad():
+        check_classes(model.likelihood, model.pretrained_outputs(batch, model.head_start), batch)
 
 
 def check_sites(model: BayesianLoRA, guide: torch.nn.Module) -> None:

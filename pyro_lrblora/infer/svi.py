@@ -25,6 +25,7 @@ from .checks import (
     check_device,
     check_distribution,
     check_estimator,
+    check_predictable,
     check_prior,
     check_settings,
     check_sites,
@@ -206,6 +207,8 @@ def svi(
                 model = workers.model_of_first(model, tokenizer)
             fitted, closed, per_row = _begun(model, guide, init, settings)
             fitted = spread_guide(fitted, model, guide, train, init, warm_start, warm_start_rows)
+        if validation is not None:
+            check_predictable(model, validation)
         resolved = {"kl": "closed" if closed else "mc", "draws": "row" if per_row else "shared"}
         posterior = Posterior(model, fitted, guide, [], {"method": "svi"} | arguments | resolved | record)
         total = steps or epochs * math.ceil(len(train) / accumulate)
