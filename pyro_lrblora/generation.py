@@ -15,6 +15,9 @@ from .counts import check_counts
 from .data.texts import without_end
 from .posterior import Posterior, local_parameters
 
+_OURS = {"return_dict_in_generate", "logits_processor", "max_length", "generation_config"}
+_WARPERS = {"min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "top_h"}
+
 
 @local_parameters
 @torch.no_grad()
@@ -52,8 +55,8 @@ def generate(
         antithetic: as in predict.
         precision: "fp32", "bf16" or "fp16".
         tokenizer: for texts, where the model has none.
-        options: of transformers' generate, such as repetition_penalty; beams, stop_strings, stopping_criteria and
-            generation_config are not among them.
+        options: of transformers' generate, such as repetition_penalty; beams, other ways to cut a distribution,
+            stop_strings, stopping_criteria and generation_config are not among them.
 
     Raises:
         ValueError: draws < 1, no prompts, texts without a tokenizer that pads, beams, another end than a token, a
@@ -72,10 +75,15 @@ def generate(
             "expected one sequence per prompt and no beams; write do_sample=True and another seed for more"
         )
     options.pop("num_beams", None)  # 1, which is said below
-    ours = sorted({"return_dict_in_generate", "logits_processor", "max_length", "generation_config"} & set(options))
+    ours = sorted(_OURS & set(options))
     if ours:
         raise ValueError(
             f"expected other options of generate, got {ours}; write each option by itself, max_new_tokens= for a length"
+        )
+    if not_here := sorted(_WARPERS & set(options)):
+        raise ValueError(
+            f"expected temperature, top_k or top_p, which act on the averaged distribution, got {not_here}, which "
+            "transformers' generate would not apply to it"
         )
     # A row that ended in another way is filled up until the last one ends, and no token tells where that begins.
     strings = options.get("stop_strings", network.generation_config.stop_strings)
@@ -96,13 +104,15 @@ def generate(
     latents = {name: value.repeat(rows, *[1] * (value.dim() - 1)) for name, value in values.items()}
     step = _AveragedStep(count, _warpers(do_sample, temperature, top_k, top_p), do_sample, seed)
     _check_room(network, inputs["input_ids"].shape[1], max_new_tokens)
+    if allowed := options.pop("prefix_allowed_tokens_fn", None):
+        options["prefix_allowed_tokens_fn"] = lambda row, ids: allowed(row // count, ids)
     pad = options.pop("pad_token_id", None)
     if pad is None:
         pad = getattr(tokenizer, "pad_token_id", None)
     with model.carrying(latents, posterior.head(), precision):
         sequences = network.generate(
             **inputs, do_sample=False, num_beams=1, max_new_tokens=max_new_tokens, pad_token_id=pad,
-            logits_processor=[step], **options,
+            logits_processor=[step], return_dict_in_generate=False, **options,
         )  # fmt: skip
     sequences = sequences[::count].cpu()
     new = sequences[:, -len(step.entropy) :]

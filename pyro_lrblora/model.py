@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from . import likelihoods, priors
 from .adapters import LoRAXS
 from .adapters.attach import Attachment
-from .adapters.rows import run_rows
+from .adapters.rows import check_one_draw, run_rows
 from .adapters.targets import check_rank, device_of, find_targets
 from .context import check_context
 from .data import Batch, batch_rows, check_class_order
@@ -176,6 +176,8 @@ class BayesianLoRA:
         plate = self.data_plate(batch)
         with plate.latents() if per_row else nullcontext():
             values = self.sample_prior()
+        if not per_row:
+            check_one_draw(values, self.sites.shapes)
         outputs = self.outputs(batch, values, head)
         with plate:
             self.likelihood(outputs, batch)

@@ -10,6 +10,7 @@ from functools import wraps
 
 import pyro
 import torch
+from pyro import poutine
 from pyro.infer.autoguide import AutoDelta, AutoGuide, AutoLaplaceApproximation
 from pyro.nn import PyroModule
 from torch import Tensor
@@ -31,12 +32,13 @@ _PYRO = threading.RLock()  # its effect handlers and settings are the process's,
 def local_parameters(method):
     """Run under Pyro's module_local_params, so that reading a guide leaves the global param store alone.
 
-    Calls from several threads wait for one another.
+    Handlers around the call (a trace, a scale, a condition) neither see nor change what is sampled within. Calls from
+    several threads wait for one another.
     """
 
     @wraps(method)
     def wrapped(*args, **kwargs):
-        with _PYRO, pyro.settings.context(module_local_params=True):
+        with _PYRO, pyro.settings.context(module_local_params=True), poutine.block():
             return method(*args, **kwargs)
 
     return wrapped

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 
 import torch
-from pyro import poutine
 from torch import Tensor
 
 from .adapters.targets import weight_shape
 from .context import check_context
 from .counts import check_counts
 from .data import as_batches
+from .guides.ensemble import traced_values
 from .posterior import local_parameters
 from .predictions import Prediction
 from .predictive import predict_at
@@ -47,16 +47,16 @@ def prior_predictive(
 @local_parameters
 @torch.no_grad()
 def prior_draws(model, draws: int, seed: int) -> dict[str, Tensor]:
-    """Draws of the latents, and of a Bayesian head, from the prior: by site, (S, site shape).
+    """Draws of every site from the prior, its scales and a Bayesian head among them: by site, (S, site shape).
 
     Args:
         model: a BayesianLoRA.
         draws: S.
         seed: of the draws.
     """
-    with torch.random.fork_rng(), poutine.block():
+    with torch.random.fork_rng():
         torch.manual_seed(seed)
-        samples = [model.sample_prior() for _ in range(draws)]
+        samples = [traced_values(model.sample_prior) for _ in range(draws)]
     return {name: torch.stack([sample[name] for sample in samples]) for name in samples[0]}
 
 

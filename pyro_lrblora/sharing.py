@@ -16,14 +16,17 @@ from .posterior import Posterior
 from .provenance import LIBRARIES, ROWS, data_hash, versions
 from .storage import FILES, describe, load, save
 
+_DISTRIBUTION = """\
+A posterior over the weights of a LoRA, made with `pyro_lrblora`: not one adapter but a distribution of them, for the
+base it was fitted on. Predictions are averaged over its draws."""
+_POINT = "A LoRA, made with `pyro_lrblora`: one adapter, a point without a distribution, for the base it was fitted on."
 _CARD = """---
 {{ card_data }}
 ---
 
 # {{ title }}
 
-A posterior over the weights of a LoRA, made with `pyro_lrblora`: not one adapter but a distribution of them, for the
-base it was fitted on. Predictions are averaged over its draws.
+{{ about }}
 
 ```python
 import pyro_lrblora as lb
@@ -69,13 +72,15 @@ def save_pretrained(
         source: what to load it from, as the card shows it; None is the folder's name.
         **metadata: further entries of huggingface_hub.ModelCardData, such as datasets=["sst2"], language="en".
     """
+    if wrong := sorted({"push_to_hub", "repo_id", "safe_serialization"} & set(metadata)):
+        raise TypeError(f"expected entries of a model card, got {wrong}; write posterior.push_to_hub('owner/name')")
     card = model_card(
         posterior,
         base_model=base_model,
         license=license,
         comparison=comparison,
         data=data,
-        source=source or Path(folder).name,
+        source=source or Path(folder).resolve().name,
         **metadata,
     )
     save(posterior, folder)
@@ -177,6 +182,10 @@ def model_card(posterior: Posterior, *, base_model, license, comparison, data, s
     settings = {name: value for name, value in posterior.settings.items() if value is not None}
     record = settings.pop("fitted_with", {})
     rows, made = record.get(ROWS) if data is None else data_hash(data), record or versions(model.device)
+    if rows != record.get(ROWS, rows):
+        raise ValueError(
+            f"expected data= to be the rows that were fitted, of hash {record[ROWS]}, got {rows}; leave it out"
+        )
     facts = {
         "base": base_model or "not named",
         "network": type(model.network).__name__,
@@ -190,14 +199,14 @@ def model_card(posterior: Posterior, *, base_model, license, comparison, data, s
         **{name: settings[name] for name in sorted(settings, key=lambda name: (name not in ("method", "seed"), name))},
         "training rows N": model.size or "not known",
         **({} if rows is None else {ROWS: rows}),
-        **_last_epoch(posterior.history),
+        **_last_epoch(posterior),
         # Of the fit; of a posterior that does not know its own, of the process that writes the card.
         "versions" if record else "saved with": ", ".join(f"{name} {made[name]}" for name in LIBRARIES),
     }
     rows = pd.DataFrame([[name, _cell(value)] for name, value in facts.items()], columns=["", "value"])
     # A user's own parts are not in the files.
     parts = {"prior": model.prior, "likelihood": model.likelihood, "guide": posterior.guide_spec}
-    own = [name for name, part in parts.items() if "own" in describe(part)]
+    own = [name for name, part in parts.items() if _has_own(describe(part))]
     return ModelCard.from_template(
         ModelCardData(
             base_model=base_model,
@@ -206,6 +215,7 @@ def model_card(posterior: Posterior, *, base_model, license, comparison, data, s
         ),
         template_str=_CARD,
         title=source,
+        about=_POINT if posterior.is_point else _DISTRIBUTION,
         source=source,
         network=type(model.network).__name__,
         base=base_model or "the base it was fitted on",
@@ -230,10 +240,23 @@ def _hub_name(network: nn.Module) -> str | None:
     return None
 
 
-def _last_epoch(history: list[dict]) -> dict[str, str]:
-    if not history:
+def _has_own(described) -> bool:
+    """Whether a part, or one within it, is a user's own."""
+    if isinstance(described, list):
+        return any(map(_has_own, described))
+    return isinstance(described, dict) and ("own" in described or any(map(_has_own, described.values())))
+
+
+def _last_epoch(posterior: Posterior) -> dict[str, str]:
+    if not posterior.history:
         return {}
-    return {"last epoch": ", ".join(f"{k} {v:.5g}" for k, v in history[-1].items() if isinstance(v, int | float))}
+    row = posterior.history[-1]
+    if "kl" in row and (not posterior.has_bound or "point fit" in posterior.settings):
+        names = {"elbo": "log joint/row", "kl": "-log prior"}
+        row = {names.get(name, name): value for name, value in row.items()}
+    numbers = {name: value for name, value in row.items() if isinstance(value, int | float)}
+    told = [f"{name} {value if isinstance(value, int) else f'{value:.5g}'}" for name, value in numbers.items()]
+    return {"last epoch": ", ".join(told)}
 
 
 def _cell(value) -> str:

@@ -30,6 +30,7 @@ def test_groups_dims_and_values():
     assert groups(data) == {
         "posterior", "prior", "sample_stats", "posterior_predictive", "log_likelihood", "observed_data"
     }  # fmt: skip
+    assert set(data["prior"]) == set(data["posterior"])  # a scale per module among them
     r = data["posterior"]["R"]
     assert r.dims == ("chain", "draw", "module", "row", "col")
     assert r.shape == (1, 7, 8, 2, 2)

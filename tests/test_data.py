@@ -113,6 +113,7 @@ BAD = {
         KeyError, "under 'labels', got 'label'",
     ),
     "rows, not batches": (lambda: tiny_reviews().to_list(), TypeError, "from_list"),
+    "numbers with a gap": (lambda: with_column("label", [0.5, None] * 20), ValueError, "dataset.filter"),
     "labels of words": (lambda: with_column("label", ["good"] * 40), ValueError, "class_encode_column"),
     "a label that is missing": (lambda: with_column("label", [None] + [1] * 39), ValueError, "None in row 0"),
     "a text that is missing": (lambda: with_column("text", ["good", None] * 20), ValueError, "None in row 1"),
@@ -230,6 +231,31 @@ def test_labels_of_several_lengths_are_refused():
     rows = datasets.Dataset.from_dict({"input_ids": [[1, 2, 3], [1, 2]], "labels": [[1, 2, 3], [1, 2]]})
     with pytest.raises(ValueError, match=r"lists of several lengths; write lb.data.Texts"):
         lb.Batches(rows, tiny_tokenizer())
+
+
+def test_batches_of_no_size_or_order_are_refused():
+    rows, tokenizer = tiny_reviews(4), tiny_tokenizer()
+    with pytest.raises(ValueError, match="batch_size to be an integer >= 1, got batch_size=0"):
+        lb.Batches(rows, tokenizer, batch_size=0)
+    with pytest.raises(TypeError, match="shuffle to be a seed, or None for no shuffling, got shuffle=False"):
+        lb.Batches(rows, tokenizer, shuffle=False)
+    with pytest.raises(TypeError, match=r"got a single row; write dataset.batch\(8\)"):
+        as_batches([{"input_ids": torch.tensor([1, 2])}])
+
+
+def test_what_would_be_lost_of_a_dataset_is_refused():
+    rows, tokenizer = tiny_reviews(4), tiny_tokenizer()
+    with pytest.raises(ValueError, match="a transform.*write dataset.map"):
+        lb.Batches(rows.with_transform(lambda rows: rows), tokenizer)
+    tokens = rows.map(lambda row: dict(tokenizer(row["text"]))).remove_columns("text")
+    assert next(iter(lb.Batches(tokens, tokenizer)))["input_ids"].shape[0] == 4
+    with pytest.raises(ValueError, match="max_length= where texts are tokenised here"):
+        lb.Batches(tokens, tokenizer, max_length=3)
+    positions = tokens.map(lambda row: {"position_ids": list(range(len(row["input_ids"])))})
+    with pytest.raises(ValueError, match=r"which the tokenizer pads, got 'position_ids' too; .*remove_columns"):
+        lb.Batches(positions, tokenizer)
+    words = tokens.map(lambda row: {"words": ["a"] * len(row["input_ids"])})
+    assert "words" not in next(iter(lb.Batches(words, tokenizer)))
 
 
 def test_every_pair_of_text_columns_is_a_pair():

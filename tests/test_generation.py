@@ -145,7 +145,8 @@ def test_nothing_is_written_after_the_end_where_there_is_no_padding_token():
         ({"max_length": 10}, "max_new_tokens="),
         ({"generation_config": {"max_new_tokens": 3}}, "write each option by itself"),
         ({"stop_strings": ["."]}, "write eos_token_id="),
-        ({"stopping_criteria": [lambda *_: True]}, "got stopping_criteria=.*write eos_token_id="),
+        ({"do_sample": True, "min_p": 0.9}, r"temperature, top_k or top_p.*got \['min_p'\]"),
+        ({"stopping_criteria": ["any"]}, "got stopping_criteria=.*write eos_token_id="),
     ],
     ids=str,
 )
@@ -153,6 +154,15 @@ def test_bad_requests_are_refused(options, message):
     posterior = wide_posterior(tiny_llama())
     with pytest.raises(ValueError, match=message):
         lb.generate(posterior, **({"prompts": "good"} | options))
+
+
+def test_the_tokens_allowed_are_those_of_the_prompt():
+    """The function is asked by the prompt's number, whatever the draws."""
+    posterior = wide_posterior(tiny_llama())
+    allowed = lambda prompt, ids: [(5, 6)[prompt]]
+    options = {"draws": 3, "max_new_tokens": 2, "prefix_allowed_tokens_fn": allowed}
+    found = lb.generate(posterior, torch.tensor([[5, 6], [6, 5]]), **options).sequences
+    assert found[:, 2:].tolist() == [[5, 5], [6, 6]]
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

@@ -109,6 +109,29 @@ def test_predictive_and_prior_predictive():
     assert Predictive(model, guide=guide, num_samples=5)(inputs)["labels"].shape == (5, 8)
 
 
+def test_draws_are_not_taken_for_rows():
+    """A parallel Predictive gives all draws at once, as many as rows or not."""
+    model = lb.BayesianLoRA(tiny_bert(), lb.LoRAXS(2), size=16)
+    inputs = {k: v for k, v in token_batches(8)[0].items() if k != "labels"}
+    for draws in (8, 4, 3):
+        latents = {name: torch.randn(draws, *shape) for name, shape in model.sites.shapes.items()}
+        assert Predictive(model, latents)(inputs)["labels"].shape == (draws, 8)
+        with pytest.raises(ValueError, match=r"one draw of 'R' per call.*write parallel=False"):
+            Predictive(model, latents, parallel=True)(inputs)
+
+
+def test_handlers_around_a_call_do_not_reach_into_it():
+    """Nor do the sites within reach them."""
+    model, batches = lb.BayesianLoRA(tiny_bert(), lb.LoRAXS(2)), token_batches(16)
+    fit = lambda: lb.fit(model, batches, guide=lb.guides.Diagonal(), epochs=1, progress=False)
+    posterior = fit()
+    with poutine.scale(scale=0.1), poutine.trace() as seen:
+        assert torch.equal(fit().guide.loc, posterior.guide.loc)
+        assert torch.equal(posterior.sample(2, seed=0)["R"], posterior.sample(2, seed=0)["R"])
+        lb.predict(posterior, batches, draws=2)
+    assert list(seen.trace.nodes) == []
+
+
 def test_nuts_by_hand_finds_the_exact_posterior():
     problem = LinearGaussian(rank=2)
     mcmc = MCMC(NUTS(problem.model), num_samples=400, warmup_steps=200, disable_progbar=True)

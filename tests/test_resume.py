@@ -203,7 +203,8 @@ def refused(folder, match, model=fresh_model, train=REVIEWS, **options):
 
 @pytest.mark.parametrize(("what", "options"), OTHER.items(), ids=OTHER)
 def test_another_fit_is_refused(what, options, begun):
-    refused(begun, rf"to hold this very fit, got one with other \['{what}'\]", **options)
+    before = "'training data', " if what == "seed" else ""  # whose order it decides
+    refused(begun, rf"to hold this very fit, got one with other \[{before}'{what}'\]", **options)
 
 
 def own(scale):
@@ -232,6 +233,15 @@ def test_a_function_of_ones_own_that_does_something_else_is_another_fit(what, ma
         fit(made(0.1), checkpoint=tmp_path, callbacks=cut_after(2))
     refused(tmp_path, rf"to hold this very fit, got one with other \['{what}'\]", model=lambda: made(0.2))
     assert torch.equal(fit(made(0.1), checkpoint=tmp_path).mean()["R"], fit(made(0.1)).mean()["R"])
+
+
+@pytest.mark.parametrize("other", [{"shuffle": 1}, {"shuffle": None}, {"batch_size": 4}], ids=str)
+def test_the_same_rows_in_other_batches_are_another_fit(other, tmp_path):
+    batches = lambda **options: lb.Batches(REVIEWS, tiny_tokenizer(), **{"batch_size": 8, "shuffle": 0} | options)
+    with pytest.raises(CutOff):
+        fit(fresh_model(), batches(), checkpoint=tmp_path, callbacks=cut_after(2))
+    refused(tmp_path, r"other \['training data'\]", train=batches(**other))
+    assert len(fit(fresh_model(), batches(), checkpoint=tmp_path).history) == 4
 
 
 def test_other_texts_and_another_subspace_are_refused(begun):

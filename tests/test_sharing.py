@@ -10,7 +10,7 @@ import datasets
 import huggingface_hub
 import pytest
 import torch
-from conftest import tiny_bert, token_batches
+from conftest import tiny_bert, tiny_reviews, tiny_tokenizer, token_batches
 from huggingface_hub import ModelCard, constants
 from huggingface_hub.errors import RepositoryNotFoundError
 from test_model import users_prior
@@ -102,10 +102,43 @@ def test_nothing_is_invented_in_the_card(name, tmp_path, monkeypatch):
     assert ModelCard.load("named/README.md").data.base_model == name
 
 
+def test_the_card_of_a_point_is_of_a_point(tmp_path, monkeypatch):
+    model = lb.BayesianLoRA(tiny_bert(), lb.LoRAXS(2))
+    point = lb.fit(model, token_batches(16), guide=lb.guides.Delta(), epochs=1, progress=False)
+    around = lb.infer.laplace(model, token_batches(16), init=point)
+    for name, fitted in {"point": point, "around": around}.items():
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / name).mkdir()
+        monkeypatch.chdir(tmp_path / name)
+        fitted.save_pretrained(".")
+        text = (tmp_path / name / "README.md").read_text()
+        assert ("not one adapter but a distribution" in text) == (name == "around")
+        assert f"# {name}\n" in text
+        assert "-log prior" in text
+        assert ", kl " not in text
+
+
+def test_rows_that_were_not_fitted_are_not_in_the_card(tmp_path):
+    rows, tokenizer = tiny_reviews(16), tiny_tokenizer()
+    model = lb.BayesianLoRA(tiny_bert(), lb.LoRAXS(2), tokenizer=tokenizer)
+    fitted = lb.fit(model, rows, guide=lb.guides.Diagonal(), epochs=1, progress=False)
+    fitted.save_pretrained(tmp_path, data=rows)
+    with pytest.raises(ValueError, match="expected data= to be the rows that were fitted"):
+        fitted.save_pretrained(tmp_path, data=tiny_reviews(16, seed=3))
+    with pytest.raises(TypeError, match="write posterior.push_to_hub"):
+        fitted.save_pretrained(tmp_path, push_to_hub=True)
+
+
 def test_the_card_asks_for_ones_own_parts(tmp_path):
     posterior(prior=users_prior).save_pretrained(tmp_path)
     assert "tokenizer=tokenizer, prior=...)" in (tmp_path / "README.md").read_text()
     lb.Posterior.from_pretrained(tmp_path, tiny_bert(), prior=users_prior)
+    own = lambda model: lb.guides.Diagonal()(model)
+    options = {"members": 2, "guide": own, "steps": 1, "progress": False}
+    lb.infer.ensemble(lb.BayesianLoRA(tiny_bert(), lb.LoRAXS(2)), token_batches(16), **options).save_pretrained(
+        tmp_path
+    )
+    assert "tokenizer=tokenizer, guide=...)" in (tmp_path / "README.md").read_text()
 
 
 def test_data_have_one_hash_wherever_they_are_kept(tmp_path):

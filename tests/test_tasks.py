@@ -344,6 +344,19 @@ def test_bad_items_are_refused(form, change, message):
         form(items.map(change), tiny_tokenizer(), max_length=30 if "tokens" not in message else 16)
 
 
+def test_items_that_are_no_choices_are_not_one_sure_choice():
+    model = lb.BayesianLoRA(
+        tiny_bert(1),
+        lb.LoRAXS(2),
+        likelihood=lb.likelihoods.MultipleChoice(),
+        tokenizer=tiny_tokenizer(),
+        head="frozen",
+    )
+    rows = tiny_items(6).map(lambda row: {"label": 0})
+    with pytest.raises(ValueError, match=r"two choices or more.*write lb.data.Choices"):
+        lb.fit(model, rows, epochs=1, progress=False)
+
+
 @pytest.mark.parametrize("form", [lb.data.Choices, lb.data.Letters])
 def test_items_whose_labels_are_all_none_have_no_labels(form):
     items = tiny_items(6).map(lambda row: {"label": None})

@@ -51,6 +51,16 @@ def mixing_modules(model, batch: Batch) -> list[str]:
     return model._mixing or []
 
 
+def check_one_draw(values: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) -> None:
+    """Raise a ValueError for latents with an axis of draws, which would be taken for that of the batch's rows."""
+    for name, shape in shapes.items():
+        if values[name].shape != shape:
+            raise ValueError(
+                f"expected one draw of {name!r} per call, {tuple(shape)}, got {tuple(values[name].shape)}; write "
+                "parallel=False, or vectorize_particles=False, with this network: its batch has an axis of rows alone"
+            )
+
+
 def run_rows(model, batch: Batch, latents: Mapping[str, Tensor], head: Mapping[str, Tensor]):
     """What the network returns for a batch; row by row where rows have latents of their own and modules mix rows.
 

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..counts import check_counts
 from .columns import check_encodable, encode, label_column, numbers_or_classes, read_labels
 
 Batch = Mapping[str, Tensor]
@@ -46,6 +47,9 @@ class EncodedBatches:
         by_length: bool,
         lengths: Sequence[int],
     ):
+        check_counts(batch_size=batch_size)
+        if isinstance(shuffle, bool):
+            raise TypeError(f"expected shuffle to be a seed, or None for no shuffling, got shuffle={shuffle}")
         self._encoded, self.labels, self._tokenizer = encoded, labels, tokenizer
         self._batch_size, self.rows, self._shuffle = batch_size, len(lengths), shuffle
         self.longest = max(lengths, default=0)  # tokens
@@ -267,6 +271,10 @@ def _check_batch(batch: Batch) -> None:
         raise TypeError(
             f"expected batches to be dicts of tensors, got {kinds}; rows that are not tokenised are "
             "datasets.Dataset.from_list(rows)"
+        )
+    if isinstance(batch.get("input_ids"), Tensor) and batch["input_ids"].dim() < 2:
+        raise TypeError(
+            "expected batches of rows, input_ids (B, T), got a single row; write dataset.batch(8), or a DataLoader"
         )
     if not isinstance(batch.get("labels"), Tensor | None):
         raise TypeError(

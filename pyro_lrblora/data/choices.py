@@ -113,7 +113,7 @@ class Letters(Batches):
         cut = lambda column: [row[:length] for row, length in zip(column, lengths, strict=True)]
         columns = {name: cut(column) for name, column in encoded.items()}
         columns |= {} if labels is None else {"label": labels.tolist()}
-        super().__init__(datasets.Dataset.from_dict(columns), tokenizer, max_length=max_length, **options)
+        super().__init__(datasets.Dataset.from_dict(columns), tokenizer, **options)
 
 
 def _prompts(questions: Sequence[str], rows: Sequence[Sequence[str]], template: str) -> Iterator[str]:

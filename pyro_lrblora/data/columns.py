@@ -23,7 +23,12 @@ _TEXT_COLUMNS = (
 
 
 def check_encodable(dataset: datasets.Dataset, tokenizer) -> None:
-    """Raise a ValueError for an empty dataset, or a tokenizer that is missing or cannot pad."""
+    """Raise a ValueError for an empty dataset, one with a transform, or a tokenizer that is missing or cannot pad."""
+    if dataset.format["type"] == "custom":
+        raise ValueError(
+            "expected columns as they are stored, got a dataset with a transform, which is applied on the fly; write "
+            "dataset.map(...) in place of with_transform, or batches of a DataLoader"
+        )
     if len(dataset) == 0:
         raise ValueError("expected at least one row of data, got an empty dataset")
     if tokenizer is None:
@@ -58,12 +63,35 @@ def encode(
     """What a tokenizer makes of the text columns, or the token columns that are there already: a list per row."""
     columns = dataset.column_names
     if text is None and "input_ids" in columns:
-        kept = [name for name in tokenizer.model_input_names if name in columns]
-        return {name: [list(row) for row in read_rows(dataset, name)] for name in kept}
+        if max_length is not None:
+            raise ValueError(
+                f"expected max_length= where texts are tokenised here, got {max_length} for a dataset of tokens; "
+                "tokenise it with truncation=True, max_length=..."
+            )
+        return _tokens(dataset, tokenizer)
     names = text_columns(dataset, text)
     limit = token_limit(tokenizer, max_length)
     encoded = tokenizer(*(read_texts(dataset, name) for name in names), truncation=True, max_length=limit)
     return {name: encoded[name] for name in encoded}
+
+
+def _tokens(dataset: datasets.Dataset, tokenizer) -> dict[str, list]:
+    """The columns that the tokenizer pads; a ValueError for others with a number per token, which it would lose."""
+    kept = [name for name in tokenizer.model_input_names if name in dataset.column_names]
+    tokens = {name: [list(row) for row in read_rows(dataset, name)] for name in kept}
+    lengths = [len(row) for row in tokens["input_ids"]]
+    for name in dataset.column_names:
+        rows = [] if name in (*kept, "label", "labels", "special_tokens_mask") else read_rows(dataset, name)
+        if [len(row) if _is_numbers(row) else None for row in rows] == lengths:
+            raise ValueError(
+                f"expected the token columns {kept}, which the tokenizer pads, got {name!r} too; write "
+                f"dataset.remove_columns({name!r}), or batches of a DataLoader if the network reads it"
+            )
+    return tokens
+
+
+def _is_numbers(row) -> bool:
+    return isinstance(row, list) and all(isinstance(value, int | float) for value in row)
 
 
 def text_columns(dataset: datasets.Dataset, text: str | Sequence[str] | None) -> Sequence[str]:
@@ -114,9 +142,11 @@ def read_labels(dataset: datasets.Dataset, label: str) -> Tensor | None:
         return None
     if values.dtype.kind not in "iufb":
         row = next(row for row, value in enumerate(values.tolist()) if not isinstance(value, int | float))
+        cure = f"dataset.class_encode_column({label!r}), and drop rows without a label first"
+        if values.tolist()[row] is None and any(isinstance(value, int | float) for value in values.tolist()):
+            cure = f"dataset.filter(lambda row: row[{label!r}] is not None)"
         raise ValueError(
-            f"expected numbers in the label column {label!r}, got {values.tolist()[row]!r} in row {row}; write "
-            f"dataset.class_encode_column({label!r}), and drop rows without a label first"
+            f"expected numbers in the label column {label!r}, got {values.tolist()[row]!r} in row {row}; write {cure}"
         )
     return numbers_or_classes(torch.as_tensor(values))
 

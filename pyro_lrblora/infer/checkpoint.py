@@ -167,9 +167,13 @@ def _base_values(model: BayesianLoRA) -> Iterator[tuple[str, Tensor]]:
 
 
 def _data_digest(batches) -> str:
-    """Of every row in the data's order; of a user's own loader, whose order may be random, of the sorted labels."""
+    """Of every row in the data's order and of how they are batched and shuffled.
+
+    Of a user's own loader, whose order may be random, of the sorted labels in place of the rows.
+    """
+    form = f"{len(batches)} {batches.rows} {batches.longest} {getattr(batches, '_shuffle', None)} "
     if isinstance(batches, EncodedBatches):
         batches = batches.in_order()
     elif not isinstance(batches.source, Sequence):
-        return tensor_hash([("labels", batches.labels.flatten().sort().values)])
-    return tensor_hash((name, v) for batch in batches for name, v in batch.items() if isinstance(v, Tensor))
+        return form + tensor_hash([("labels", batches.labels.flatten().sort().values)])
+    return form + tensor_hash((name, v) for batch in batches for name, v in batch.items() if isinstance(v, Tensor))

@@ -40,6 +40,11 @@ class MultipleChoice:
         """The scores (B, C)."""
         scores = logits_of(outputs)
         if self.letters is None:
+            if scores.shape[-1] < 2:
+                raise ValueError(
+                    f"expected scores of two choices or more, got {tuple(scores.shape)}; write "
+                    "lb.data.Choices(dataset, tokenizer) for the rows"
+                )
             return scores
         mask = batch.get("attention_mask")
         if mask is None:
