@@ -156,7 +156,7 @@ CASES: dict[str, Callable] = {
     "ensemble": made(lb.infer.ensemble, members=2, **SHORT),
     "dropout": made(lb.infer.mc_dropout, **SHORT),
     "tfb": lambda device: predicted(lb.infer.tfb(fitted(device, guide=G.Delta()), HELD, steps=2, draws=2)),
-    "nuts": chain(lb.infer.nuts, draws=2, warmup=1, chains=1),
+    "nuts": chain(lb.infer.nuts, draws=4, warmup=1, chains=1),
     "sgld": chain(lb.infer.sgld, draws=2, burn_in=1, thin=1, batch_size=8),
     "sghmc": chain(lb.infer.sghmc, draws=2, burn_in=1, thin=1, batch_size=8),
     "probit": lambda device: predicted(fitted(device), method="probit"),
