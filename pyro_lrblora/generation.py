@@ -23,7 +23,7 @@ _WARPERS = {"min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "top_h"}
 @torch.no_grad()
 def generate(
     posterior: Posterior,
-    prompts: str | Sequence[str] | Mapping | Tensor,
+    prompts: str | Sequence[str] | Sequence[Sequence[int]] | Mapping | Tensor,
     *,
     draws: int = 8,
     at: str | None = None,
@@ -45,7 +45,8 @@ def generate(
 
     Args:
         posterior: of a causal or sequence-to-sequence language model.
-        prompts: texts, or token ids (B, T) without padding; or what a tokenizer made of texts, padded on either side.
+        prompts: texts; or token ids without padding, (B, T) or a list for each; or what a tokenizer made of texts,
+            padded on either side.
         draws: S, at least 1.
         at: "mean" takes the posterior mean instead.
         max_new_tokens: tokens added at most.
@@ -235,13 +236,23 @@ def _encoded(prompts, tokenizer, ended: bool) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": mask}
 
 
+def _is_rows(ids) -> bool:
+    """Whether these are the tokens of several texts, not of one."""
+    return len(ids) == 0 or not (isinstance(ids[0], int) or getattr(ids[0], "ndim", 1) == 0)
+
+
 def _token_rows(prompts, tokenizer, ended: bool) -> list[list[int]]:
     """The tokens of each prompt without padding; one that goes on (not `ended`) without an end-of-text token."""
     if isinstance(prompts, Mapping):
-        masks = prompts.get("attention_mask", [[1] * len(ids) for ids in prompts["input_ids"]])
-        kept = zip(prompts["input_ids"], masks, strict=True)
+        ids = prompts["input_ids"]
+        masks = prompts.get("attention_mask", [[1] * len(row) for row in ids] if _is_rows(ids) else [1] * len(ids))
+        kept = zip(ids, masks, strict=True) if _is_rows(ids) else [(ids, masks)]
         return [[int(token) for token, shown in zip(*row, strict=True) if shown] for row in kept]
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    if prompts and not isinstance(prompts[0], str):
+        if not _is_rows(prompts):
+            raise ValueError(f"expected the token ids of every prompt in a list of its own, got {prompts}; write [ids]")
+        return [[int(token) for token in row] for row in prompts]
     if prompts and tokenizer is None:
         raise ValueError("expected a tokenizer for texts; give tokenizer= to the model or to this call, or token ids")
     rows = [tokenizer(prompt)["input_ids"] for prompt in prompts]

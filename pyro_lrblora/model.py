@@ -342,7 +342,9 @@ class BayesianLoRA:
     def check_labels(self, batches, role: str) -> None:
         """Raise a ValueError unless the likelihood can take the batches' labels, and the network the longest row."""
         if batches.labels is None:
-            raise ValueError(f"expected a column 'label' or 'labels' in the {role}, got none")
+            of_texts = isinstance(self.likelihood, likelihoods.NextToken)
+            cure = "; write lb.data.Texts(dataset, tokenizer), whose labels are its tokens" if of_texts else ""
+            raise ValueError(f"expected a column 'label' or 'labels' in the {role}, got none{cure}")
         check_class_order(self._class_names, batches.class_names, role)
         check_context(self.network, batches.longest, role)
         if hasattr(self.likelihood, "check_labels"):

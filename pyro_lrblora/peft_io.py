@@ -66,9 +66,9 @@ def export_peft(posterior: Posterior, folder, draws: int | None = None, seed: in
     else:
         samples = posterior.sample(draws, seed=seed)
         points = {folder / f"draw_{n:03d}": {k: v[n] for k, v in samples.items()} for n in range(draws)}
-        others = sorted(path.name for path in set(folder.glob("draw_*")) - set(points))
-        if others:
-            raise ValueError(f"expected a folder without other draws, got {others[:3]} in {folder}; remove them first")
+    others = sorted(path.name for path in set(folder.glob("draw_*")) - set(points))
+    if others:
+        raise ValueError(f"expected a folder without other draws, got {others[:3]} in {folder}; remove them first")
     with _copy_without_weights(model.network) as network:
         adapted = _inject(model, network)
         for where, values in points.items():

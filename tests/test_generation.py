@@ -1,5 +1,6 @@
 """Generation with the posterior predictive against a loop without cache, draw by draw."""
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -139,6 +140,7 @@ def test_nothing_is_written_after_the_end_where_there_is_no_padding_token():
         ({"temperature": 0.5}, "do_sample=True"),
         ({"prompts": []}, "at least one prompt"),
         ({"prompts": torch.ones(3)}, "token ids"),
+        ({"prompts": [5, 6]}, r"in a list of its own, got \[5, 6\]"),
         ({"prompts": {"input_ids": [[5, 6], []]}}, "an empty one at 1"),
         ({"return_dict_in_generate": True}, "other options of generate"),
         ({"logits_processor": []}, "other options of generate"),
@@ -163,6 +165,16 @@ def test_the_tokens_allowed_are_those_of_the_prompt():
     options = {"draws": 3, "max_new_tokens": 2, "prefix_allowed_tokens_fn": allowed}
     found = lb.generate(posterior, torch.tensor([[5, 6], [6, 5]]), **options).sequences
     assert found[:, 2:].tolist() == [[5, 5], [6, 6]]
+
+
+def test_token_ids_are_prompts_in_lists_of_any_length_and_alone():
+    posterior, tokenizer = wide_posterior(tiny_llama()), tiny_tokenizer()
+    written = lambda prompts: lb.generate(posterior, prompts, draws=2, max_new_tokens=2, tokenizer=tokenizer).sequences
+    ids = [[5, 6, 7], [6]]
+    masked = {"input_ids": torch.tensor([[5, 6, 7], [0, 0, 6]]), "attention_mask": torch.tensor([[1, 1, 1], [0, 0, 1]])}
+    assert torch.equal(written(ids), written(masked))
+    assert torch.equal(written({"input_ids": ids[0], "attention_mask": [1, 1, 1]}), written(ids[:1]))
+    assert torch.equal(written(np.array(ids[:1])), written(ids[:1]))
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

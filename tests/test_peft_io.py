@@ -219,6 +219,8 @@ def test_what_cannot_be_exported_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="draws to be an integer >= 1"):
         posterior.export_peft(tmp_path / "none", draws=0)
     posterior.export_peft(tmp_path, draws=3)
+    with pytest.raises(ValueError, match="other draws, got .*draw_000"):
+        posterior.export_peft(tmp_path)
     with pytest.raises(ValueError, match="other draws, got .*draw_002"):
         posterior.export_peft(tmp_path, draws=2)
     changed = peft.get_peft_model(posterior.model.network, peft.LoraConfig(target_modules=["query"]))

@@ -115,6 +115,14 @@ def test_a_causal_roberta_counts_its_own_positions():
     torch.testing.assert_close(scores[0], tokens.sum(-1))
 
 
+def test_rows_for_a_language_model_that_are_no_texts_say_what_to_write():
+    model = lb.BayesianLoRA(
+        tiny_llama(), lb.LoRAXS(2), likelihood=lb.likelihoods.NextToken(), tokenizer=tiny_tokenizer()
+    )
+    with pytest.raises(ValueError, match=r"a column 'label'.*write lb.data.Texts\(dataset, tokenizer\)"):
+        lb.fit(model, tiny_texts(4), epochs=1, progress=False)
+
+
 def test_a_decoder_without_inputs_of_its_own_is_refused():
     torch.manual_seed(0)
     config = transformers.BartConfig(
