@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import datasets
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from conftest import tiny_reviews
@@ -250,6 +251,16 @@ def test_standard_errors_are_the_spread_of_the_difference(script, same_rows, sds
     assert 0.9 < variances.mean() / differences.var() < 1.4
 
 
+def test_a_figure_against_the_reference_s_by_brute_force(script):
+    tables = script("tables")
+    values = np.random.default_rng(2).normal(size=(2, 2, 3))  # methods, tasks, seeds
+    index = [{"method": ("LoRA", "Diagonal")[m], "task": "ab"[t], "seed": s} for m, t, s in np.ndindex(2, 2, 3)]
+    main = pd.DataFrame(index).assign(ECE=values.ravel())
+    difference = values[1] - values[0]
+    error = np.sqrt((difference.var(1, ddof=1) / 3).sum()) / 2
+    assert tables._against_reference(main, "ECE").to_dict() == {"Diagonal": f"{difference.mean():+.3f} ± {error:.3f}"}
+
+
 def test_steps_to_a_target_count_those_that_never_reach_it(script):
     tables = script("tables")
 
@@ -263,6 +274,7 @@ def test_steps_to_a_target_count_those_that_never_reach_it(script):
     found = tables.convergence(runs)
     assert found["steps"].to_dict() == {"LoRA": 2, "Diagonal": np.inf, tables.OURS: 2}
     assert found["reached"].round(2).to_dict() == {"LoRA": 1, "Diagonal": 0.33, tables.OURS: 1}
+    assert found["best at first"].round(2).to_dict() == {"LoRA": 0, "Diagonal": 0, tables.OURS: 0.33}
     assert "never" in tables._markdown(found)
 
 

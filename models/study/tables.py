@@ -16,6 +16,7 @@ from figures import curves, dots
 
 OURS = "LowRankPrecision"
 REFERENCE = "LoRA"
+PAIRED = (OURS, "LowRank", "Diagonal", REFERENCE, "LoRA-XS")  # that have a table of differences from all others
 CURVES = (REFERENCE, "LoRA-XS", "Diagonal", "LowRank", OURS)  # whose history is one fit, of what the row shows
 _COUNTS = ("parameters", "head", "CPU seconds", "steps", "fits", "seeds")
 _SHARED = ("rows", "base", "frozen_layers", "validation_rows", "max_length", "batch_size", "epochs")
@@ -159,7 +160,7 @@ def _tables(finished: Sequence[Mapping], folder: Path, name: str) -> Iterator[st
         yield from [_markdown(averages(scored)), f"![Test NLL by method and task](nll_{name}.svg)"]
         yield "A dot per seed, hollow after temperature scaling on validation rows, a bar at the mean."
         yield from ["### Paired differences", "The first minus the second, ± the standard error over rows and seeds."]
-        for ours in [method for method in (OURS, "Diagonal") if method in set(scored["method"])]:
+        for ours in [method for method in PAIRED if method in set(scored["method"])]:
             yield _markdown(differences(finished, scored, ours))
         for task in scored["task"].unique():
             yield from [f"### {task}", "Means over seeds; the NLL ± its standard deviation over them."]
@@ -183,9 +184,23 @@ def averages(scored: pd.DataFrame) -> pd.DataFrame:
     table = by_task[columns].mean().groupby("method", sort=False).mean()
     if REFERENCE in table.index:
         table.insert(5, "ECE / LoRA's", table["ECE (15 bins)"] / table.loc[REFERENCE, "ECE (15 bins)"])
+        table.insert(6, "ECE - LoRA's", _against_reference(main, "ECE (15 bins)"))
     # Over seeds within a task, averaged over tasks: what "more stable" is about.
     table["NLL s.d. over seeds"] = by_task["NLL"].std().groupby("method", sort=False).mean()
     return table
+
+
+def _against_reference(main: pd.DataFrame, figure: str) -> pd.Series:
+    """A figure minus REFERENCE's by method, the mean over tasks ± its standard error, from the spread over seeds.
+
+    No error where a task has one seed.
+    """
+    wide = main.pivot(index=["task", "seed"], columns="method", values=figure)
+    by_task = wide.sub(wide[REFERENCE], axis=0).groupby("task")
+    mean, variance = by_task.mean().mean(), np.square(by_task.sem()).sum(skipna=False) / by_task.ngroups**2
+    text = {name: f"{mean[name]:+.3f} ± {variance[name] ** 0.5:.3f}" for name in wide if name != REFERENCE}
+    text = {name: value.removesuffix(" ± nan") for name, value in text.items()}
+    return pd.Series(text, dtype=str)
 
 
 def by_method(scored: pd.DataFrame) -> pd.DataFrame:
@@ -204,14 +219,20 @@ def by_method(scored: pd.DataFrame) -> pd.DataFrame:
 
 
 def differences(finished: Sequence[Mapping], scored: pd.DataFrame, ours: str = OURS) -> pd.DataFrame:
-    """One method minus every other, in NLL and Brier, by task and over all, and LoRA at its temperature."""
+    """One method minus every other, in NLL and Brier, by task and over all, and LoRA at its temperature.
+
+    "seeds": the fewest that a task has of both.
+    """
     others = [name for name in scored["method"].unique() if name != ours]
-    rows = {}
-    for other, temper in [(name, False) for name in others] + [(REFERENCE, True)]:
-        cells = {}
+    against, rows = [(name, False) for name in others], {}
+    if ours != REFERENCE:
+        against.append((REFERENCE, True))
+    for other, temper in against:
+        cells = {"seeds": np.inf}
         for loss in ("NLL", "Brier"):
             for task, row in paired(finished, loss, other, temper, ours).iterrows():
                 cells[f"{task}, {loss}"] = f"{row['difference']:+.3f} ± {row['SE']:.3f}"
+                cells["seeds"] = min(row["seeds"], cells["seeds"])
         rows[f"{ours} - {other}" + (" at T" if temper else "")] = cells
     return pd.DataFrame.from_dict(rows, orient="index")
 
@@ -219,7 +240,8 @@ def differences(finished: Sequence[Mapping], scored: pd.DataFrame, ours: str = O
 def convergence(finished: Sequence[Mapping]) -> pd.DataFrame:
     """Median steps until the validation NLL is at LoRA's best of that task and seed, and the share that got there.
 
-    A fit that did not get there counts as later than any.
+    A fit that did not get there counts as later than any. "best at first": the share of fits whose own best is after
+    the first epoch, before which no other can be seen to arrive.
     """
     curves_of = {}
     for run in _of(finished, "scores"):
@@ -232,9 +254,14 @@ def convergence(finished: Sequence[Mapping]) -> pd.DataFrame:
         if reference is None:
             continue
         reached = curve[curve[:, 1] <= reference[:, 1].min() + 1e-9, 0]
-        rows.append({"method": method, "steps": reached[0] if len(reached) else np.inf, "reached": len(reached) > 0})
-    groups = pd.DataFrame(rows, columns=["method", "steps", "reached"]).groupby("method", sort=False)
-    return groups["steps"].median().to_frame().join(groups["reached"].mean()).join(groups.size().rename("fits"))
+        rows.append({
+            "method": method, "steps": reached[0] if len(reached) else np.inf, "reached": len(reached) > 0,
+            "best at first": curve[:, 1].argmin() == 0,
+        })  # fmt: skip
+    columns = ["method", "steps", "reached", "best at first"]
+    groups = pd.DataFrame(rows, columns=columns).groupby("method", sort=False)
+    shares = groups[["reached", "best at first"]].mean()
+    return groups["steps"].median().to_frame().join(shares).join(groups.size().rename("fits"))
 
 
 def histories(finished: Sequence[Mapping]) -> dict[str, dict[str, list[np.ndarray]]]:

@@ -1,7 +1,7 @@
 """Steps that our staged start needs to reach the ELBO of Pyro's AutoLowRankMultivariateNormal, its rate tuned too.
 
 The same model, data, batches and draws per step (one per batch); the passes of the warm start are counted as steps.
-Writes the curves to docs/results/warm_start.csv and prints a table.
+Writes the curves to --out and prints a table.
 
 python tests/benchmarks/warm_start.py
 """
@@ -36,7 +36,7 @@ def main() -> None:
     parser.add_argument("--draws", type=int, default=16, help="draws of every ELBO estimate")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--rates", type=float, nargs="*", default=[3e-3, 1e-2, 3e-2], help="tried for the stock guide")
-    parser.add_argument("--out", type=Path, default=Path("docs/results/warm_start.csv"))
+    parser.add_argument("--out", type=Path, default=Path("out/warm_start.csv"))
     args = parser.parse_args()
     warnings.simplefilter("ignore")
 
