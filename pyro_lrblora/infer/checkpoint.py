@@ -171,9 +171,15 @@ def _data_digest(batches) -> str:
 
     Of a user's own loader, whose order may be random, of the sorted labels in place of the rows.
     """
-    form = f"{len(batches)} {batches.rows} {batches.longest} {getattr(batches, '_shuffle', None)} "
+    form = f"{len(batches)} {batches.rows} {batches.longest} {getattr(batches, '_shuffle', None)}"
     if isinstance(batches, EncodedBatches):
-        batches = batches.in_order()
-    elif not isinstance(batches.source, Sequence):
-        return form + tensor_hash([("labels", batches.labels.flatten().sort().values)])
-    return form + tensor_hash((name, v) for batch in batches for name, v in batch.items() if isinstance(v, Tensor))
+        rows = _tensors_of(batches.in_order())
+    elif isinstance(batches.source, Sequence):
+        rows = _tensors_of(batches)
+    else:
+        rows = [("labels", batches.labels.flatten().sort().values)]
+    return hashlib.sha256(f"{form} {tensor_hash(rows)}".encode()).hexdigest()
+
+
+def _tensors_of(batches) -> Iterator[tuple[str, Tensor]]:
+    return ((name, v) for batch in batches for name, v in batch.items() if isinstance(v, Tensor))
