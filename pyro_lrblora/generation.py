@@ -244,9 +244,10 @@ def _is_rows(ids) -> bool:
 def _token_rows(prompts, tokenizer, ended: bool) -> list[list[int]]:
     """The tokens of each prompt without padding; one that goes on (not `ended`) without an end-of-text token."""
     if isinstance(prompts, Mapping):
-        ids = prompts["input_ids"]
-        masks = prompts.get("attention_mask", [[1] * len(row) for row in ids] if _is_rows(ids) else [1] * len(ids))
-        kept = zip(ids, masks, strict=True) if _is_rows(ids) else [(ids, masks)]
+        if not _is_rows(prompts["input_ids"]):
+            prompts = {name: [row] for name, row in prompts.items()}
+        masks = prompts.get("attention_mask", [[1] * len(ids) for ids in prompts["input_ids"]])
+        kept = zip(prompts["input_ids"], masks, strict=True)
         return [[int(token) for token, shown in zip(*row, strict=True) if shown] for row in kept]
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     if prompts and not isinstance(prompts[0], str):

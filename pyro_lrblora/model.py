@@ -342,9 +342,10 @@ class BayesianLoRA:
     def check_labels(self, batches, role: str) -> None:
         """Raise a ValueError unless the likelihood can take the batches' labels, and the network the longest row."""
         if batches.labels is None:
-            of_texts = isinstance(self.likelihood, likelihoods.NextToken)
-            cure = "; write lb.data.Texts(dataset, tokenizer), whose labels are its tokens" if of_texts else ""
-            raise ValueError(f"expected a column 'label' or 'labels' in the {role}, got none{cure}")
+            raise ValueError(
+                f"expected a column 'label' or 'labels' in the {role}, got none; for a language model write "
+                "lb.data.Texts(dataset, tokenizer)"
+            )
         check_class_order(self._class_names, batches.class_names, role)
         check_context(self.network, batches.longest, role)
         if hasattr(self.likelihood, "check_labels"):

@@ -20,11 +20,12 @@ from .distributions import BlockCovariance, CovarianceFactors, FullCovariance
 from .guides import LatentGuide
 from .guides.delta import DeltaGuide
 from .guides.draws import DrawsGuide
-from .guides.ensemble import EnsembleGuide, traced_values
+from .guides.ensemble import EnsembleGuide
 from .guides.mirrored import Mirrored
 from .guides.stock import stock_covariance, stock_log_prob
 from .head import FixedHead
 from .model import BayesianLoRA
+from .tracing import traced_values
 
 _PYRO = threading.RLock()  # its effect handlers and settings are the process's, not a thread's
 

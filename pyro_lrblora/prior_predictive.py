@@ -11,10 +11,10 @@ from .adapters.targets import weight_shape
 from .context import check_context
 from .counts import check_counts
 from .data import as_batches
-from .guides.ensemble import traced_values
 from .posterior import local_parameters
 from .predictions import Prediction
 from .predictive import predict_at
+from .tracing import traced_values
 
 
 @local_parameters

@@ -89,7 +89,7 @@ def test_dropout_is_each_processs_own_and_leaves_the_common_stream_alone():
 
 def test_processes_with_other_rows_are_refused_in_both(two_processes):
     for report in two_processes[1]:
-        assert "got other ['training data'] in process 1" in report["refused"]
+        assert "got other ['training data', 'batches'] in process 1" in report["refused"]
 
 
 def test_processes_that_are_no_group_are_told(monkeypatch):

@@ -107,7 +107,6 @@ def test_the_card_of_a_point_is_of_a_point(tmp_path, monkeypatch):
     point = lb.fit(model, token_batches(16), guide=lb.guides.Delta(), epochs=1, progress=False)
     around = lb.infer.laplace(model, token_batches(16), init=point)
     for name, fitted in {"point": point, "around": around}.items():
-        monkeypatch.chdir(tmp_path)
         (tmp_path / name).mkdir()
         monkeypatch.chdir(tmp_path / name)
         fitted.save_pretrained(".")

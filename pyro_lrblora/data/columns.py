@@ -80,9 +80,10 @@ def _tokens(dataset: datasets.Dataset, tokenizer) -> dict[str, list]:
     kept = [name for name in tokenizer.model_input_names if name in dataset.column_names]
     tokens = {name: [list(row) for row in read_rows(dataset, name)] for name in kept}
     lengths = [len(row) for row in tokens["input_ids"]]
-    for name in dataset.column_names:
-        rows = [] if name in (*kept, "label", "labels", "special_tokens_mask") else read_rows(dataset, name)
-        if [len(row) if _is_numbers(row) else None for row in rows] == lengths:
+    for name in set(dataset.column_names) - {*kept, "label", "labels", "special_tokens_mask"}:
+        # Lazily: most columns are told from tokens by their first row.
+        rows = zip(read_rows(dataset, name), lengths, strict=True)
+        if all(_is_numbers(row) and len(row) == length for row, length in rows):
             raise ValueError(
                 f"expected the token columns {kept}, which the tokenizer pads, got {name!r} too; write "
                 f"dataset.remove_columns({name!r}), or batches of a DataLoader if the network reads it"
@@ -141,12 +142,13 @@ def read_labels(dataset: datasets.Dataset, label: str) -> Tensor | None:
     if all(value is None for value in values.flat):
         return None
     if values.dtype.kind not in "iufb":
-        row = next(row for row, value in enumerate(values.tolist()) if not isinstance(value, int | float))
+        found = values.tolist()
+        row = next(row for row, value in enumerate(found) if not isinstance(value, int | float))
         cure = f"dataset.class_encode_column({label!r}), and drop rows without a label first"
-        if values.tolist()[row] is None and any(isinstance(value, int | float) for value in values.tolist()):
+        if found[row] is None and any(isinstance(value, int | float) for value in found):
             cure = f"dataset.filter(lambda row: row[{label!r}] is not None)"
         raise ValueError(
-            f"expected numbers in the label column {label!r}, got {values.tolist()[row]!r} in row {row}; write {cure}"
+            f"expected numbers in the label column {label!r}, got {found[row]!r} in row {row}; write {cure}"
         )
     return numbers_or_classes(torch.as_tensor(values))
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
+from itertools import count, islice
 
 import pandas as pd
 import torch
@@ -131,7 +130,7 @@ def _gradients(posterior: Posterior, data, groups) -> Iterator[dict[str, Tensor]
     )  # fmt: skip
     per_row = settings.get("draws", "row") == "row" and getattr(guide, "rowwise", None) is not None
     program, proposal = (model.rowwise, guide.rowwise) if per_row else (model, guide)
-    for epoch in itertools.count(1):
+    for epoch in count(1):
         for position, batch in enumerate(data):
             for parameter in (p for group in groups.values() for p in group):
                 parameter.grad = None

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import pyro
 import pyro.distributions as dist
 import torch
-from pyro import poutine
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 
+from ..tracing import traced_values
 from .stock import build_guide
 
 
@@ -66,12 +66,3 @@ class EnsembleGuide(PyroModule):
         """Draws by site, (draws, site shape), the members taking turns."""
         drawn = [traced_values(self.draw, number % len(self.members)) for number in range(draws)]
         return {name: torch.stack([values[name] for values in drawn]) for name in drawn[0]}
-
-
-def traced_values(program: Callable, *args) -> dict[str, Tensor]:
-    """The value of every site that a program samples, auxiliary ones left out.
-
-    The values alone: a trace holds the distributions too, which are many times as large.
-    """
-    nodes = poutine.trace(program).get_trace(*args).iter_stochastic_nodes()
-    return {name: node["value"] for name, node in nodes if not node["infer"].get("is_auxiliary")}

@@ -121,6 +121,8 @@ def identity_of(
     start = {} if init is None else states({"guide": init.guide}) | init.head()
     described = {"adapter": model.adapter, "prior": model.prior, "likelihood": model.likelihood, "guide": guide}
     described |= {"head": model.head, "dropout": model.dropout} | dict(arguments)
+    # How the rows are batched and shuffled, of data whose order is known.
+    described["batches"] = (len(train), train.rows, train.longest, getattr(train, "_shuffle", None))
     digests = {
         "network": tensor_hash(_base_values(model)),
         "fixed head": tensor_hash(model._fixed_head.items()),
@@ -167,19 +169,9 @@ def _base_values(model: BayesianLoRA) -> Iterator[tuple[str, Tensor]]:
 
 
 def _data_digest(batches) -> str:
-    """Of every row in the data's order and of how they are batched and shuffled.
-
-    Of a user's own loader, whose order may be random, of the sorted labels in place of the rows.
-    """
-    form = f"{len(batches)} {batches.rows} {batches.longest} {getattr(batches, '_shuffle', None)}"
+    """Of every row in the data's order; of a user's own loader, whose order may be random, of the sorted labels."""
     if isinstance(batches, EncodedBatches):
-        rows = _tensors_of(batches.in_order())
-    elif isinstance(batches.source, Sequence):
-        rows = _tensors_of(batches)
-    else:
-        rows = [("labels", batches.labels.flatten().sort().values)]
-    return hashlib.sha256(f"{form} {tensor_hash(rows)}".encode()).hexdigest()
-
-
-def _tensors_of(batches) -> Iterator[tuple[str, Tensor]]:
-    return ((name, v) for batch in batches for name, v in batch.items() if isinstance(v, Tensor))
+        batches = batches.in_order()
+    elif not isinstance(batches.source, Sequence):
+        return tensor_hash([("labels", batches.labels.flatten().sort().values)])
+    return tensor_hash((name, v) for batch in batches for name, v in batch.items() if isinstance(v, Tensor))

@@ -130,7 +130,7 @@ def check_prior(model: BayesianLoRA) -> None:
 
 def check_predictable(model: BayesianLoRA, validation) -> None:
     """Raise a TypeError for a user's own likelihood whose rows `predict` cannot score, as it does after every epoch."""
-    if hasattr(model.likelihood, "summary") or hasattr(model.likelihood, "logits"):
+    if hasattr(model.likelihood, "logits") or not model.predicts_classes:
         return
     batch = model.to_device(next(iter(validation)))
     with torch.no_grad():

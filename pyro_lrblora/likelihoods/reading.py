@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..data.batches import batch_rows
 from ..predictions import Prediction
-from .categorical import logits_of
+from .categorical import check_finite, logits_of
 
 
 def label_site(likelihood: Callable, outputs, batch: Mapping[str, Tensor]) -> tuple[TorchDistribution, Tensor]:
@@ -46,8 +46,8 @@ def label_site(likelihood: Callable, outputs, batch: Mapping[str, Tensor]) -> tu
 
 
 def class_logits(likelihood: Callable, outputs, batch: Mapping[str, Tensor]) -> Tensor:
-    """The logits (B, C) of a likelihood of classes; of a user's own function, what the network returned."""
-    return likelihood.logits(outputs, batch) if hasattr(likelihood, "logits") else logits_of(outputs)
+    """The logits (B, C) of a likelihood of classes, all finite; of a user's own function, what the network returned."""
+    return check_finite(likelihood.logits(outputs, batch) if hasattr(likelihood, "logits") else logits_of(outputs))
 
 
 def summary(likelihood: Callable, outputs, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
