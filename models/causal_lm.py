@@ -22,7 +22,7 @@ import pyro_lrblora as lb
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", required=True, help="hub id or folder of a causal language model")
-    parser.add_argument("--data", required=True, help="folder of parquet files, or hub name (name:config), with texts")
+    parser.add_argument("--data", required=True, help="file or folder of texts, or hub name (name:config)")
     parser.add_argument("--text", default="text", help="column of texts")
     parser.add_argument("--prompt-column", help="column of prompts, which are read but not scored")
     parser.add_argument("--prompt", nargs="+", default=["One day"], help="to be continued")

@@ -50,7 +50,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", default="builtin", help="hub id or folder; 'builtin' is MiniLM")
     parser.add_argument("--mean-pool", action="store_true", help="mean pooling, for sentence encoders")
-    parser.add_argument("--data", default="builtin", help="folder of parquet files, or hub name; 'builtin' are reviews")
+    parser.add_argument(
+        "--data", default="builtin", help="file, folder or hub name (name:config); 'builtin' are reviews"
+    )
     parser.add_argument("--families", nargs="+", default=SHORT, metavar="NAME", help="'all', or of --list")
     parser.add_argument("--list", action="store_true", help="print the families' names and stop")
     parser.add_argument("--prior", default="Normal", choices=lb.priors.__all__)
@@ -89,7 +91,7 @@ def main() -> None:
     if args.data == "builtin":
         train, validation, test = (reviews(n, seed=10 * args.seed + k) for k, n in enumerate(sizes, 1))
     else:
-        train, validation, test = load_splits(args.data, *sizes, args.seed)
+        train, validation, test = load_splits(args.data, *sizes, args.seed, classes=True)
     network, tokenizer = load_base(args.base, count_classes(train, validation, test), args.mean_pool, args.dtype)
     grid = Grid(args, families, network.to(args.device), tokenizer, train)
     posteriors, failed = {}, {}

@@ -76,7 +76,7 @@ def main() -> None:
     parser.add_argument("--base", default="builtin", help="hub id or folder; 'builtin' is MiniLM")
     parser.add_argument("--form", default="pair", choices=["pair", "answer", "letter"])
     parser.add_argument("--mean-pool", action="store_true", help="mean pooling, for sentence encoders")
-    parser.add_argument("--data", required=True, help="folder of parquet files, or hub name (name:config)")
+    parser.add_argument("--data", required=True, help="file, folder with one per split, or hub name (name:config)")
     parser.add_argument("--question", default="question")
     parser.add_argument("--choices", type=int, default=4, help="items with another number of choices are left out")
     parser.add_argument("--guides", nargs="+", default=["Delta", "LowRankPrecision"], choices=GUIDES)

@@ -21,7 +21,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", default="builtin", help="hub id or folder; 'builtin' is MiniLM")
     parser.add_argument("--mean-pool", action="store_true", help="mean pooling, for sentence encoders")
-    parser.add_argument("--data", required=True, help="folder of parquet files, or hub name (name:config)")
+    parser.add_argument("--data", required=True, help="file, folder with one per split, or hub name (name:config)")
     parser.add_argument("--text", nargs="+", default=["text"], help="one or two text columns")
     parser.add_argument("--label", default="label", help="column of numbers")
     parser.add_argument(

@@ -21,7 +21,7 @@ def main() -> None:
     parser.add_argument("posteriors", type=Path, nargs="+", help="folders that Posterior.save wrote")
     parser.add_argument("--base", default="builtin", help="hub id or folder; 'builtin' is MiniLM")
     parser.add_argument("--mean-pool", action="store_true", help="mean pooling, for sentence encoders")
-    parser.add_argument("--data", required=True, help="folder of parquet files, or hub name (name:config)")
+    parser.add_argument("--data", required=True, help="file, folder with one per split, or hub name (name:config)")
     parser.add_argument("--outside", help="data of another kind, likewise")
     parser.add_argument("--rows", type=int, default=1000)
     parser.add_argument("--test-rows", type=int, default=1000)
@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("report.html"), help="ends in .html or .md")
     args = parser.parse_args()
 
-    train, validation, test = load_splits(args.data, args.rows, 300, args.test_rows, args.seed)
+    train, validation, test = load_splits(args.data, args.rows, 300, args.test_rows, args.seed, classes=True)
     outside = load_splits(args.outside, 1, 0, args.test_rows, args.seed)[2] if args.outside else None
     network, tokenizer = load_base(args.base, count_classes(train, validation, test), args.mean_pool, args.dtype)
     posteriors = {folder.name: lb.Posterior.load(folder, network, tokenizer=tokenizer) for folder in args.posteriors}

@@ -19,6 +19,8 @@ from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassificati
 import pyro_lrblora as lb
 from pyro_lrblora.networks import MeanPoolClassifier, builtin_base
 
+# Endings of files of rows, and what datasets calls their format.
+READERS = {".parquet": "parquet", ".csv": "csv", ".json": "json", ".jsonl": "json"}
 # Guides that need no arguments.
 GUIDES = [
     "Delta", "Diagonal", "LowRank", "LowRankPrecision", "BlockLowRank", "MatrixNormal", "RotatedDiagonal", "FullRank",
@@ -27,18 +29,28 @@ GUIDES = [
 
 
 def read_splits(source: str) -> dict[str, datasets.Dataset]:
-    """Every split of a folder of parquet files, or of a hub data set (name, or name:config), by name."""
-    if Path(source).is_dir():
-        files = {path.stem: str(path) for path in sorted(Path(source).glob("*.parquet"))}
-        return {name: datasets.load_dataset("parquet", data_files=path, split="train") for name, path in files.items()}
+    """Every split by name: a file each, or what a hub data set has (name, or name:config).
+
+    Raises:
+        SystemExit: nothing that can be read.
+    """
+    found = Path(source)
+    if found.exists():
+        files = [path for path in (sorted(found.iterdir()) if found.is_dir() else [found]) if path.suffix in READERS]
+        if not files:
+            endings = ", ".join(READERS)
+            raise SystemExit(f"expected --data to be a file ending in {endings}, or a folder of such, got {source!r}")
+        read = lambda path: datasets.load_dataset(READERS[path.suffix], data_files=str(path), split="train")
+        return {path.stem: read(path) for path in files}
     path, _, name = source.partition(":")
     with from_hub(path, "--data"):
         return dict(datasets.load_dataset(path, name or None))
 
 
 def load_splits(
-    source: str, rows: int, validation: int, test: int, seed: int, held_out: Sequence[str] = ("test", "validation")
-):
+    source: str, rows: int, validation: int, test: int, seed: int, held_out: Sequence[str] = ("test", "validation"),
+    classes: bool = False,
+):  # fmt: skip
     """Train, validation and test rows of what `read_splits` reads, no row in two of them.
 
     Where no other split has labels, the test rows are taken from the one that is trained on: the same for every seed,
@@ -49,8 +61,11 @@ def load_splits(
         rows, validation, test: at most so many of each.
         seed: of the order in which train and validation rows are taken.
         held_out: beginnings of the names of the split that is tested on, the preferred one first.
+        classes: make classes 0, 1, ... of labels that are texts, in alphabetical order over all splits.
     """
     splits = read_splits(source)
+    if classes:
+        splits = _with_classes(splits)
     by_prefix = lambda *words: next((splits[n] for w in words for n in splits if n.startswith(w)), None)
     trained_on = next((name for name in splits if name.startswith("train")), next(iter(splits)))
     everything = splits.pop(trained_on)
@@ -66,6 +81,15 @@ def load_splits(
     pick = lambda start, count: everything.select(range(start, min(start + count, len(everything))) or [])
     # Many data sets are sorted by label.
     return pick(0, rows), pick(rows, validation), held.shuffle(seed=0).select(range(min(test, len(held))))
+
+
+def _with_classes(splits: dict[str, datasets.Dataset]) -> dict[str, datasets.Dataset]:
+    is_text = lambda rows: (rows.features.get("label") or datasets.Value("null")).dtype in ("string", "large_string")
+    texts = {name: rows for name, rows in splits.items() if is_text(rows)}
+    names = sorted({label for rows in texts.values() for label in rows.unique("label") if label})
+    as_class = lambda row: {"label": names.index(row["label"]) if row["label"] else -1}
+    features = lambda rows: datasets.Features(rows.features | {"label": datasets.ClassLabel(names=names)})
+    return splits | {name: rows.map(as_class, features=features(rows)) for name, rows in texts.items()}
 
 
 def _unlabelled(rows: datasets.Dataset) -> bool:
@@ -87,7 +111,7 @@ def count_classes(*splits: datasets.Dataset) -> int:
         if wrong:
             raise SystemExit(
                 f"expected classes 0, 1, ... in the column {name!r} of --data, got {wrong[0]!r}; write "
-                f"dataset.class_encode_column({name!r}), drop rows without a label, and save it as parquet"
+                f"dataset.class_encode_column({name!r}), drop rows without a label, and save it again"
             )
         largest = max([largest, getattr(rows.features[name], "num_classes", 0), *(value + 1 for value in values)])
     return largest
@@ -111,7 +135,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", default="builtin", help="hub id or folder; 'builtin' is MiniLM")
     parser.add_argument("--mean-pool", action="store_true", help="mean pooling, for sentence encoders")
-    parser.add_argument("--data", required=True, help="folder of parquet files, or hub name (name:config)")
+    parser.add_argument("--data", required=True, help="file, folder with one per split, or hub name (name:config)")
     by_scale = [name for name in lb.priors.__all__ if name not in ("Learned", "SingularValues")]
     parser.add_argument("--prior", default="Normal", choices=by_scale)
     parser.add_argument("--prior-scale", type=float, default=0.1)
@@ -139,7 +163,7 @@ def main() -> None:
     if args.resume and args.checkpoint is None:
         parser.error("expected --checkpoint FOLDER with --resume")
     processes = Processes(args.device)
-    train, validation, test = load_splits(args.data, args.rows, 300, args.test_rows, args.seed)
+    train, validation, test = load_splits(args.data, args.rows, 300, args.test_rows, args.seed, classes=True)
     network, tokenizer = load_base(args.base, count_classes(train, validation, test), args.mean_pool, args.dtype)
     where = {"rank": args.rank, "targets": args.targets, "layers": args.layers}
     if args.adapter == "LoRAXS":

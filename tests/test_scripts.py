@@ -94,6 +94,44 @@ def test_a_test_split_whose_answers_are_kept_back_is_not_tested_on(script, tmp_p
     assert set(script("sequence_classification").load_splits(str(tmp_path), 2, 1, 9, 0)[2]["answerKey"]) == {"B"}
 
 
+@pytest.mark.parametrize(
+    ("ending", "method"), [("parquet", "parquet"), ("csv", "csv"), ("json", "json"), ("jsonl", "json")]
+)
+def test_data_are_a_file_or_a_folder_with_one_per_split(script, tmp_path, ending, method):
+    rows = datasets.Dataset.from_dict({"text": ["good, very", "bad"], "label": [1, 0]})
+    for split in ("train", "test"):
+        getattr(rows, f"to_{method}")(str(tmp_path / f"{split}.{ending}"))
+    (tmp_path / "README.md").write_text("no rows")
+    read = script("sequence_classification").read_splits
+    found = read(str(tmp_path))
+    assert {name: split.to_list() for name, split in found.items()} == dict.fromkeys(("test", "train"), rows.to_list())
+    assert read(str(tmp_path / f"train.{ending}"))["train"].to_list() == rows.to_list()
+
+
+def test_labels_that_are_texts_are_classes_alike_in_all_splits(script, tmp_path):
+    rows = {"train": ["pos", "neg", "pos", "mid"] * 5, "test": ["pos", "neg"], "validation": ["pos", None]}
+    for split, labels in rows.items():
+        texts = [f"{label} {n}" for n, label in enumerate(labels)]
+        datasets.Dataset.from_dict({"text": texts, "label": labels}).to_csv(str(tmp_path / f"{split}.csv"))
+    scripts = script("sequence_classification")
+    splits = scripts.load_splits(str(tmp_path), 16, 4, 9, 0, classes=True)
+    for split in splits:
+        assert split.features["label"].names == ["mid", "neg", "pos"]
+        assert [text.split()[0] for text in split["text"]] == split.features["label"].int2str(split["label"][:])
+    assert scripts.count_classes(*splits) == 3
+    unlabelled = scripts.load_splits(str(tmp_path), 16, 4, 9, 0, ["validation"], classes=True)[2]
+    with pytest.raises(SystemExit, match="got -1; write .* drop rows without a label"):
+        scripts.count_classes(unlabelled)
+    assert set(scripts.load_splits(str(tmp_path), 16, 4, 9, 0)[2]["label"]) == {"pos", "neg"}  # other tasks' own
+
+
+def test_a_folder_or_file_without_rows_is_one_message(script, tmp_path):
+    (tmp_path / "notes.txt").write_text("no rows")
+    for source in (tmp_path, tmp_path / "notes.txt"):
+        with pytest.raises(SystemExit, match=r"expected --data to be a file ending in \.parquet, .*, got '.*'"):
+            script("sequence_classification").read_splits(str(source))
+
+
 @pytest.mark.parametrize(("names", "sizes"), [(["train"], (1000, 300, 50)), (["train", "test"], (30, 10, 50))])
 def test_rows_of_the_only_split_with_labels_are_trained_on_or_tested_on(script, tmp_path, names, sizes):
     for name in names:
