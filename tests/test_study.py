@@ -179,7 +179,7 @@ def test_the_documented_tables_are_those_of_the_lines(script, tmp_path):
 
 
 def test_values_are_chosen_by_the_mean_over_seeds_and_tasks_at_the_rows_and_layers(script):
-    tables, methods = script("tables"), script("methods").METHODS
+    tuning, methods = script("tuning"), script("methods").METHODS
 
     def run(value, task, seed, nll, rows, judged=True, frozen=4):
         row = {"validation": {"NLL": -nll}} | ({"judged": {"NLL": nll}} if judged else {})
@@ -191,23 +191,23 @@ def test_values_are_chosen_by_the_mean_over_seeds_and_tasks_at_the_rows_and_laye
     runs = [run(3e-4, "a", seed, nll, 100) for seed, nll in enumerate((0.9, 0.2))] + [run(3e-4, "b", 0, 0.6, 100)]
     runs += [run(1e-3, "a", seed, nll, 100) for seed, nll in enumerate((0.4, 0.4))] + [run(1e-3, "b", 0, 0.6, 100)]
     runs += [run(3e-3, "a", 0, 0.0, 100)]  # not made on every task
-    assert tables.chosen(runs, "LoRA", methods, 100, 4) == 1e-3
-    assert tables.tuning(runs).loc[("LoRA", 3e-4), "a"] == pytest.approx(0.55)
+    assert tuning.chosen(runs, "LoRA", methods, 100, 4) == 1e-3
+    assert tuning.tuning(runs).loc[("LoRA", 3e-4), "a"] == pytest.approx(0.55)
     more = [run(3e-4, task, 0, 0.1, 1000, judged=False) for task in "ab"]
     more += [run(1e-3, task, 0, 0.3, 1000, judged=False) for task in "ab"]  # its validation NLL is the lower one
-    assert tables.chosen(runs + more, "LoRA", methods, 100, 4) == 1e-3
-    assert tables.chosen([*more, run(1e-3, "a", 0, 0.3, 50)], "LoRA", methods, 1000, 4) == 1e-3
-    assert tables.chosen(runs, "LoRA", methods, 1000, 4) == 1e-3  # none made with as many rows
+    assert tuning.chosen(runs + more, "LoRA", methods, 100, 4) == 1e-3
+    assert tuning.chosen([*more, run(1e-3, "a", 0, 0.3, 50)], "LoRA", methods, 1000, 4) == 1e-3
+    assert tuning.chosen(runs, "LoRA", methods, 1000, 4) == 1e-3  # none made with as many rows
     deeper = [run(3e-4, "a", 0, 0.1, 100, frozen=0), run(1e-3, "a", 0, 0.2, 100, frozen=0)]
-    assert tables.chosen(runs + deeper, "LoRA", methods, 100, 0) == 3e-4
-    assert tables.chosen(runs + deeper, "LoRA", methods, 100, 4) == 1e-3
-    assert tables.chosen(runs, "LoRA", methods, 100, 0) == 1e-3  # none made with as many layers
-    assert tables.chosen(runs, "BLoB-like", methods, 100, 4) == methods["BLoB-like"].grid[1]
-    assert tables.chosen([], "LoRA", methods, 100, 4) == methods["LoRA"].grid[1]
+    assert tuning.chosen(runs + deeper, "LoRA", methods, 100, 0) == 3e-4
+    assert tuning.chosen(runs + deeper, "LoRA", methods, 100, 4) == 1e-3
+    assert tuning.chosen(runs, "LoRA", methods, 100, 0) == 1e-3  # none made with as many layers
+    assert tuning.chosen(runs, "BLoB-like", methods, 100, 4) == methods["BLoB-like"].grid[1]
+    assert tuning.chosen([], "LoRA", methods, 100, 4) == methods["LoRA"].grid[1]
 
 
 def test_paired_differences_against_brute_force(script):
-    tables = script("tables")
+    differences = script("differences")
     generator = np.random.default_rng(0)
     losses = generator.normal(size=(2, 3, 40))  # methods, seeds, rows
 
@@ -215,20 +215,20 @@ def test_paired_differences_against_brute_force(script):
         row = {"losses": {"NLL": list(values)}, "losses, tempered": {"NLL": list(values + 1)}}
         return {"settings": {"stage": "scores", "task": task, "method": method, "seed": seed}, "rows": {"draws": row}}
 
-    names = (tables.OURS, "LoRA")
+    names = (differences.OURS, "LoRA")
     runs = [run(name, seed, losses[i, seed]) for i, name in enumerate(names) for seed in range(3)]
-    found = tables.paired(runs, "NLL", "LoRA").loc["t"]
+    found = differences.paired(runs, "NLL", "LoRA").loc["t"]
     difference = losses[0] - losses[1]
     assert found["difference"] == pytest.approx(difference.mean())
     assert found["SE"] == pytest.approx(
-        tables._difference(dict(enumerate(difference)), dict.fromkeys(range(3), 0))["SE"]
+        differences.difference_of(dict(enumerate(difference)), dict.fromkeys(range(3), 0))["SE"]
     )
-    assert tables.paired(runs, "NLL", "LoRA", temper_other=True).loc["t", "difference"] == pytest.approx(
+    assert differences.paired(runs, "NLL", "LoRA", temper_other=True).loc["t", "difference"] == pytest.approx(
         difference.mean() - 1
     )
-    runs.append(run(tables.OURS, 0, losses[0, 0], "u"))
-    assert list(tables.paired(runs, "NLL", "LoRA").index) == ["t"]  # LoRA has not been run on u
-    both = tables.paired([*runs, run("LoRA", 0, losses[1, 0], "u")], "NLL", "LoRA")
+    runs.append(run(differences.OURS, 0, losses[0, 0], "u"))
+    assert list(differences.paired(runs, "NLL", "LoRA").index) == ["t"]  # LoRA has not been run on u
+    both = differences.paired([*runs, run("LoRA", 0, losses[1, 0], "u")], "NLL", "LoRA")
     single = difference[0].std(ddof=1) / 40**0.5
     assert both.loc["all tasks", "difference"] == pytest.approx((difference.mean() + difference[0].mean()) / 2)
     assert both.loc["all tasks", "SE"] == pytest.approx((found["SE"] ** 2 + single**2) ** 0.5 / 2)
@@ -239,12 +239,12 @@ def test_paired_differences_against_brute_force(script):
 @pytest.mark.parametrize("sds", [(1.0, 0.0, 0.5), (0.5, 0.3, 1.0), (1.0, 0.1, 2.0)], ids=["rows", "seeds", "residual"])
 def test_standard_errors_are_the_spread_of_the_difference(script, same_rows, sds):
     """Over studies with effects of rows, seeds and both: the mean variance reported is that of what was found."""
-    tables, (row, seed, residual) = script("tables"), sds
+    difference_of, (row, seed, residual) = script("differences").difference_of, sds
     generator, found = np.random.default_rng(0), []
     for _ in range(1500):
         rows = generator.normal(0, row, (1 if same_rows else 3, 40))
         losses = rows + generator.normal(0, seed, (3, 1)) + generator.normal(0, residual, (3, 40))
-        each = tables._difference(dict(enumerate(losses)), dict.fromkeys(range(3), 0.0), same_rows)
+        each = difference_of(dict(enumerate(losses)), dict.fromkeys(range(3), 0.0), same_rows)
         found.append((each["difference"], each["SE"] ** 2))
     differences, variances = np.transpose(found)
     # The variance is kept from falling below its parts, which makes it larger on average, by a few tenths at most.
@@ -279,7 +279,6 @@ def test_steps_to_a_target_count_those_that_never_reach_it(script):
 
 
 def test_variations_against_brute_force(script):
-    tables = script("tables")
     losses = np.random.default_rng(1).normal(size=(2, 2, 2, 30))  # variations, tasks, seeds, rows
 
     def run(name, task, seed, values):
@@ -289,7 +288,7 @@ def test_variations_against_brute_force(script):
     names, over = ("default", "K = 2"), ("a", "b")
     runs = [run(names[i], over[j], k, losses[i, j, k]) for i, j, k in np.ndindex(2, 2, 2)]
     runs += [run("default", "a", 2, losses[0, 0, 0] + 1)]  # a seed that the other does not have
-    found = tables.variations(runs).loc["K = 2"]
+    found = script("differences").variations(runs).loc["K = 2"]
     difference = losses[1] - losses[0]
     assert found["a"] == pytest.approx(difference[0].mean())
     assert found["all tasks"] == pytest.approx(difference.mean())
@@ -299,12 +298,11 @@ def test_variations_against_brute_force(script):
 
 
 def test_a_run_made_again_with_another_value_stands_alone(script):
-    tables = script("tables")
     run = lambda stage, value, rows: {
         "settings": {"stage": stage, "task": "t", "method": "LoRA", "seed": 0, "value": value}, "rows": rows
     }  # fmt: skip
     tuned, scored = [run("tune", value, value) for value in (1, 2)], [run("scores", value, value) for value in (1, 2)]
-    assert tables._latest([*tuned, *scored]) == [*tuned, scored[1]]
+    assert script("lines").latest([*tuned, *scored]) == [*tuned, scored[1]]
 
 
 def test_averages_are_over_the_same_runs_for_every_method(script):

@@ -24,8 +24,9 @@ import torch
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 from methods import METHODS, VARIATIONS, Fits  # noqa: E402
 from runs import Runs  # noqa: E402
-from tables import chosen, write_tables  # noqa: E402
+from tables import write_tables  # noqa: E402
 from tasks import TASKS, Problem, problem  # noqa: E402
+from tuning import chosen  # noqa: E402
 
 import pyro_lrblora as lb  # noqa: E402
 from pyro_lrblora import metrics  # noqa: E402

@@ -12,84 +12,22 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from differences import OURS, paired, variations
 from figures import curves, dots
+from lines import MAIN, latest, of_stage
+from tuning import tuning
 
-OURS = "LowRankPrecision"
 REFERENCE = "LoRA"
 PAIRED = (OURS, "LowRank", "Diagonal", REFERENCE, "LoRA-XS")  # that have a table of differences from all others
 CURVES = (REFERENCE, "LoRA-XS", "Diagonal", "LowRank", OURS)  # whose history is one fit, of what the row shows
 _COUNTS = ("parameters", "head", "CPU seconds", "steps", "fits", "seeds")
 _SHARED = ("rows", "base", "frozen_layers", "validation_rows", "max_length", "batch_size", "epochs")
-_FIRST = ("draws", "linearised", "point")  # the row of a run that stands for its method
-
-
-def chosen(finished: Sequence[Mapping], name: str, methods: Mapping, rows: int, frozen_layers: int) -> float:
-    """The value of a method's setting with the lowest NLL in `tuning`.
-
-    Args:
-        finished: runs.
-        name: of the method.
-        methods: by name.
-        rows, frozen_layers: of the run to come. Runs of the method that were tuned with both count alone, if there are
-            any; else those with as many rows; else all.
-
-    Returns:
-        The middle of the grid where nothing was tuned.
-    """
-    tuned, grid = methods[name].tuned_as or name, methods[name].grid
-    as_many = [run for run in finished if run["settings"]["rows"] == rows]
-    alike = [run for run in as_many if run["settings"]["frozen_layers"] == frozen_layers]
-    for runs in (alike, as_many, finished):
-        table = tuning(runs)
-        if tuned in table.index:
-            return float(table.loc[tuned].mean(axis=1).idxmin())
-    return grid[len(grid) // 2]
-
-
-def tuning(finished: Sequence[Mapping]) -> pd.DataFrame:
-    """Mean NLL over seeds by (method, value), a column per development task; values that lack a task are left out.
-
-    On judged rows, or on validation rows in a run whose training split had no more.
-    """
-    found: dict[tuple[str, float], dict[str, list[float]]] = {}
-    for run in _of(finished, "tune"):
-        at, row = run["settings"], _main(run)
-        held = row.get("judged", row["validation"])
-        found.setdefault((at["method"], at["value"]), {}).setdefault(at["task"], []).append(held["NLL"])
-    rows = {key: {task: np.mean(each) for task, each in tasks.items()} for key, tasks in found.items()}
-    index = pd.MultiIndex.from_tuples(rows, names=["method", "value"])
-    return pd.DataFrame(list(rows.values()), index=index).dropna()
-
-
-def variations(finished: Sequence[Mapping]) -> pd.DataFrame:
-    """How far the default with one thing changed is above the default, in NLL on judged rows.
-
-    Args:
-        finished: runs, with the losses of their rows.
-
-    Returns:
-        A column per task and "all tasks" with its "SE", over the seeds both have; "seeds", the fewest of a task.
-    """
-    found: dict[str, dict[str, dict[int, np.ndarray]]] = {}
-    for run in _of(finished, "defaults"):
-        at, row = run["settings"], _main(run)
-        if "losses" in row:  # the training split had rows to judge by
-            losses = np.asarray(row["losses"]["NLL"])
-            found.setdefault(at["method"], {}).setdefault(at["task"], {})[at["seed"]] = losses
-    default, rows = found.pop("default", {}), {}
-    for name, tasks in found.items():
-        against = {task: _difference(seeds, default.get(task, {}), False) for task, seeds in tasks.items()}
-        if all(against.values()):
-            mean = _mean(list(against.values()))
-            rows[name] = {task: each["difference"] for task, each in against.items()}
-            rows[name] |= {"all tasks": mean["difference"], "SE": mean["SE"], "seeds": mean["seeds"]}
-    return pd.DataFrame.from_dict(rows, orient="index")
 
 
 def scores(finished: Sequence[Mapping]) -> pd.DataFrame:
     """A row per task, method, prediction and seed, a column per figure; "at T": after temperature scaling."""
     rows = []
-    for run in _of(finished, "scores"):
+    for run in of_stage(finished, "scores"):
         at, fit = run["settings"], run["rows"]["fit"]
         for name, row in run["rows"].items():
             if name == "fit":
@@ -102,34 +40,6 @@ def scores(finished: Sequence[Mapping]) -> pd.DataFrame:
             flat |= {"parameters": fit["parameters"], "of LoRA r=8": fit["parameters"] / fit["LoRA r=8"]}
             rows.append(flat | {"head": fit["head"], "CPU seconds": fit["CPU seconds"]})
     return pd.DataFrame(rows)
-
-
-def paired(
-    finished: Sequence[Mapping], loss: str, other: str, temper_other: bool = False, ours: str = OURS
-) -> pd.DataFrame:
-    """Mean difference ours - other in a loss, by task, with its standard error over test rows and seeds.
-
-    Args:
-        finished: runs, with the losses of their rows.
-        loss: "NLL" or "Brier".
-        other: a method.
-        temper_other: compare with the other's losses after temperature scaling.
-        ours: the method it is compared with.
-
-    Returns:
-        Columns difference, SE, seeds, see `_difference`; a row per task and, where both have every task that ours has,
-        "all tasks", their mean.
-    """
-    found: dict[str, dict[str, dict[int, np.ndarray]]] = {}
-    for run in _of(finished, "scores"):
-        at, row = run["settings"], _main(run)
-        key = "losses, tempered" if temper_other and at["method"] == other else "losses"
-        if at["method"] in (ours, other) and key in row:
-            found.setdefault(at["task"], {}).setdefault(at["method"], {})[at["seed"]] = np.asarray(row[key][loss])
-    rows = {task: _difference(each[ours], each.get(other, {})) for task, each in found.items() if ours in each}
-    if len(rows) > 1 and all(rows.values()):
-        rows["all tasks"] = _mean(list(rows.values()))
-    return pd.DataFrame.from_dict({task: row for task, row in rows.items() if row}, orient="index")
 
 
 def write_tables(finished: Sequence[Mapping], folder: Path) -> None:
@@ -146,7 +56,7 @@ def write_tables(finished: Sequence[Mapping], folder: Path) -> None:
         others = [f"{_SHARED[place]} {group[place]}" for place in varying]
         name = "_".join(str(group[place]).rpartition("/")[2] for place in (0, *varying))
         parts.append("## " + ", ".join([f"{group[0]:,} training rows", *others]))
-        parts += _tables(_latest([run for run in finished if shared(run) == group]), folder, name)
+        parts += _tables(latest([run for run in finished if shared(run) == group]), folder, name)
     (folder / "tables.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
 
@@ -244,7 +154,7 @@ def convergence(finished: Sequence[Mapping]) -> pd.DataFrame:
     the first epoch, before which no other can be seen to arrive.
     """
     curves_of = {}
-    for run in _of(finished, "scores"):
+    for run in of_stage(finished, "scores"):
         at, curve = run["settings"], run["rows"]["fit"]["curve"]
         if curve and at["method"] in CURVES:
             curves_of[at["task"], at["seed"], at["method"]] = np.asarray(curve)
@@ -267,65 +177,15 @@ def convergence(finished: Sequence[Mapping]) -> pd.DataFrame:
 def histories(finished: Sequence[Mapping]) -> dict[str, dict[str, list[np.ndarray]]]:
     """By task and method of CURVES, a seed's steps and validation NLL each, (E, 2)."""
     found: dict[str, dict[str, list[np.ndarray]]] = {}
-    for run in _of(finished, "scores"):
+    for run in of_stage(finished, "scores"):
         at, curve = run["settings"], run["rows"]["fit"]["curve"]
         if curve and at["method"] in CURVES:
             found.setdefault(at["task"], {}).setdefault(at["method"], []).append(np.asarray(curve))
     return found
 
 
-def _difference(ours: Mapping[int, np.ndarray], other: Mapping[int, np.ndarray], same_rows: bool = True) -> dict:
-    """Mean difference of losses by seed (N,), over the seeds that both have; nothing where they have none.
-
-    A difference is taken to be a mean, an effect of the row, one of the seed and a residual. The variance of the mean
-    over rows holds the residual's, and so does that over seeds, so it is subtracted once (crossed random effects).
-    Where every seed has rows of its own, the spread of the seeds is all there is, but not below that of the rows.
-
-    Args:
-        same_rows: whether a row is the same for every seed.
-    """
-    seeds = sorted(set(ours) & set(other))
-    if not seeds:
-        return {}
-    differences = np.stack([ours[seed] - other[seed] for seed in seeds])  # (seeds, N)
-    mean, count = differences.mean(), len(seeds)
-    over_seeds = differences.mean(1).var(ddof=1) / count if count > 1 else 0.0
-    if same_rows:
-        over_rows = differences.mean(0).var(ddof=1) / differences.shape[1]
-        residual = differences - differences.mean(0) - differences.mean(1, keepdims=True) + mean
-        freedom = max(1, (count - 1) * (differences.shape[1] - 1))
-        twice = np.square(residual).sum() / freedom / differences.size
-        variance = max(over_rows + over_seeds - twice, over_rows, over_seeds)
-    else:
-        variance = max(over_seeds, differences.var(1, ddof=1).mean() / differences.size)
-    return {"difference": mean, "SE": variance**0.5, "seeds": count}
-
-
-def _mean(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """The mean of independent differences, its standard error, and the fewest seeds that one of them has."""
-    return {
-        "difference": np.mean([row["difference"] for row in rows]),
-        "SE": np.sum([row["SE"] ** 2 for row in rows]) ** 0.5 / len(rows),
-        "seeds": min(row["seeds"] for row in rows),
-    }
-
-
-def _latest(finished: Sequence[Mapping]) -> list[Mapping]:
-    """The last run of every stage, task, method and seed, and of tuning of every value."""
-    key = lambda at: (at["stage"], at["task"], at["method"], at["seed"], at["value"] if at["stage"] == "tune" else None)
-    return list({key(run["settings"]): run for run in finished}.values())
-
-
-def _of(finished: Sequence[Mapping], stage: str) -> list[Mapping]:
-    return [run for run in finished if run["settings"]["stage"] == stage]
-
-
-def _main(run: Mapping) -> Mapping:
-    return next(run["rows"][name] for name in _FIRST if name in run["rows"])
-
-
 def _main_rows(scored: pd.DataFrame) -> pd.DataFrame:
-    return scored[scored["prediction"].isin(_FIRST)]
+    return scored[scored["prediction"].isin(MAIN)]
 
 
 def _complete(main: pd.DataFrame) -> pd.DataFrame:
