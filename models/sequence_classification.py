@@ -126,8 +126,7 @@ def load_base(name: str, classes: int, mean_pool: bool, dtype: str):
         if mean_pool:
             return MeanPoolClassifier(AutoModel.from_pretrained(name, dtype=dtype), classes), tokenizer
         config = AutoConfig.from_pretrained(name, num_labels=classes)
-        if config.pad_token_id is None:
-            config.pad_token_id = tokenizer.pad_token_id
+        config.pad_token_id = tokenizer.pad_token_id
         return AutoModelForSequenceClassification.from_pretrained(name, config=config, dtype=dtype), tokenizer
 
 

@@ -23,7 +23,7 @@ from .data import Batch, batch_rows, check_class_order
 from .data.batches import IGNORED
 from .data_plate import DataPlate
 from .head import FixedHead, PointHead, check_head, check_in_memory, head_parameters, head_prior, output_layer
-from .parts import check_network, check_parts, output_embedding
+from .parts import check_network, check_padding, check_parts, output_embedding
 from .positions import positions, takes_positions
 from .priors.learned import LearnedScale
 
@@ -55,7 +55,8 @@ class BayesianLoRA:
 
     Raises:
         ValueError: no target matched, a rank that does not fit, a head that is none of the above, a network that peft
-            has changed or torch has compiled, a language model with class labels.
+            has changed or torch has compiled, one that means another token by padding than the tokenizer, a language
+            model with class labels.
         TypeError: an adapter, prior or likelihood that is a class or cannot be called.
 
     Warns:
@@ -79,6 +80,7 @@ class BayesianLoRA:
         self.network, self.adapter = network, LoRAXS() if adapter is None else adapter
         check_parts(self.adapter, prior, likelihood)
         check_network(network, likelihood)
+        check_padding(network, tokenizer)
         self.prior, self.likelihood = prior, likelihood
         self.tokenizer, self.size, self.dropout = tokenizer, size, dropout
         self.head_modules, self.head_scale = head_modules, head_scale

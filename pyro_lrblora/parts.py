@@ -48,6 +48,22 @@ def check_network(network: nn.Module, likelihood) -> None:
         )
 
 
+def check_padding(network: nn.Module, tokenizer) -> None:
+    """Raise a ValueError for a classifier of transformers and a tokenizer that mean another token by padding.
+
+    Decoders take the last token that is not padding for the row's, and RoBERTa counts positions by it: both would
+    silently read the wrong tokens.
+    """
+    own = getattr(getattr(network, "config", None), "pad_token_id", None)
+    pads = getattr(tokenizer, "pad_token_id", None)
+    if type(network).__name__.endswith("ForSequenceClassification") and None not in (own, pads) and own != pads:
+        raise ValueError(
+            f"expected the network and the tokenizer to pad with the same token, got {own} in network.config and "
+            f"{pads} ({tokenizer.pad_token!r}) in the tokenizer; write network.config.pad_token_id = "
+            "tokenizer.pad_token_id, or tokenizer.pad_token = the network's"
+        )
+
+
 def output_embedding(network: nn.Module) -> nn.Module | None:
     """A language model's last layer; None of any other network."""
     return network.get_output_embeddings() if hasattr(network, "get_output_embeddings") else None

@@ -6,13 +6,14 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from conftest import LinearGaussian, label, tiny_bert, token_batches
+from conftest import LinearGaussian, label, tiny_bert, tiny_tokenizer, token_batches
 from pyro import poutine
 from pyro.infer import MCMC, NUTS, SVI, Predictive, Trace_ELBO
 from pyro.infer.autoguide import AutoLowRankMultivariateNormal, AutoMultivariateNormal, AutoNormal
 from test_tasks import tiny_llama
 
 import pyro_lrblora as lb
+from pyro_lrblora.networks import MeanPoolClassifier
 from pyro_lrblora.probe import choose_scale
 
 GUIDES = [lb.guides.Delta(), lb.guides.Diagonal(), lb.guides.LowRank(2), lb.guides.LowRankPrecision(2)]
@@ -329,6 +330,22 @@ def test_a_compiled_network_is_refused():
     network.compile(backend="eager")
     with pytest.raises(ValueError, match="after .compile"):
         lb.BayesianLoRA(network)
+
+
+def test_padding_that_the_network_takes_for_text_is_refused():
+    """A decoder reads a row at its last token that is not padding, so at a pad where it takes another token for one."""
+    tokenizer, network = tiny_tokenizer(), tiny_bert()
+    lb.BayesianLoRA(network, tokenizer=tokenizer)
+    tokenizer.pad_token = "[UNK]"
+    with pytest.raises(ValueError, match=r"same token, got 0 in network.config and 1 \('\[UNK\]'\) in the tokenizer"):
+        lb.BayesianLoRA(network, tokenizer=tokenizer)
+    network.config.pad_token_id = tokenizer.pad_token_id
+    lb.BayesianLoRA(network, tokenizer=tokenizer)
+    network.config.pad_token_id = None  # transformers itself refuses more than one row of such a decoder
+    lb.BayesianLoRA(network, tokenizer=tokenizer)
+    tokenizer.pad_token = "[PAD]"
+    network.config.pad_token_id = 5
+    lb.BayesianLoRA(MeanPoolClassifier(network.bert, 2), tokenizer=tokenizer)  # pools by the mask
 
 
 def test_a_prior_with_parameters_of_its_own_is_refused():
