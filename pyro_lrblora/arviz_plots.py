@@ -181,6 +181,11 @@ def loo_pit_values(posterior: Posterior, train, draws: int | None = None, seed: 
     log_probs = prediction.logits.double().log_softmax(-1)
     labels = prediction.labels.long()
     log_likelihood = log_probs.gather(-1, labels.expand(draws, -1)[..., None])[..., 0]  # (S, N)
+    if not torch.allclose(prediction.log_likelihood.double(), log_likelihood, atol=1e-4):
+        raise TypeError(
+            "expected a likelihood that gives labels the probabilities of the classes that predict shows, got "
+            f"{posterior.model.likelihood!r}"
+        )
     log_weights = (-log_likelihood if stored else weights[:, None] - log_likelihood).T.contiguous()
     smoothed = torch.as_tensor(psis(log_weights.numpy())[0])
     probs = torch.einsum("ns,snc->nc", smoothed.exp(), log_probs.exp()).numpy()

@@ -205,7 +205,7 @@ class BayesianLoRA:
                 raise KeyError(f"expected the prior to return every latent site {list(shapes)}, missing {missing}")
             if self.head == "bayesian":
                 values = dict(values) | {
-                    name: pyro.sample(name, prior.to_event()) for name, prior in self._head_prior().items()
+                    name: pyro.sample(name, prior.to_event()) for name, prior in self.head_prior().items()
                 }
         return values
 
@@ -217,10 +217,11 @@ class BayesianLoRA:
         """Minus the log prior of a point head, in nats up to a constant."""
         if self.point_head is None:
             return 0.0
-        prior = self._head_prior()
+        prior = self.head_prior()
         return sum(0.5 * ((w - prior[name].loc) / prior[name].scale).square().sum() for name, w in head.items())
 
-    def _head_prior(self) -> dict[str, dist.Normal]:
+    def head_prior(self) -> dict[str, dist.Normal]:
+        """The prior of the head's parameters by dotted name, a point's and a Bayesian one's alike."""
         centre = {name: value.to(self.device) for name, value in self.head_centre.items()}
         return head_prior(centre, self._output_layer, self.head_scale or 1.0)
 
@@ -324,7 +325,14 @@ class BayesianLoRA:
         return self._copy(size=size).with_head(self.head)
 
     def in_subspace_of(self, other: BayesianLoRA, head_start: Mapping[str, Tensor] | None = None) -> BayesianLoRA:
-        """The same prior and likelihood in another model's subspace, its head there or (None) left for `prepare`."""
+        """The same prior and likelihood in another model's subspace, its head there or (None) left for `prepare`.
+
+        Raises:
+            ValueError: another adapter, or modules of other names or shapes.
+        """
+        from .infer.start import check_same_modules
+
+        check_same_modules(self, other, "another model")
         new = self._copy(_adapted=other.adapted)
         if head_start is not None:
             new.head_scale = self.head_scale or other.head_scale

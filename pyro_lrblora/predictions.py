@@ -26,11 +26,13 @@ class Prediction:
         logits: (S, N, C).
         labels: (N,) where the data have them.
         class_names: C names.
+        observed: (S, N), log probability of the labels where a likelihood gives them another one than the logits do.
     """
 
     logits: Tensor  # (S, N, C)
     labels: Tensor | None  # (N,)
     class_names: Sequence[str] | None = None
+    observed: Tensor | None = None  # (S, N)
 
     @property
     def log_probs(self) -> Tensor:
@@ -59,7 +61,9 @@ class Prediction:
 
     @property
     def log_likelihood(self) -> Tensor:
-        """Log probability of each row's label under each draw, nats, (S, N)."""
+        """Log probability of each row's label under each draw, nats, (S, N), by the likelihood that was fitted."""
+        if self.observed is not None:
+            return self.observed
         labels = from_numpy(metrics.class_labels(self.labels, self.logits.shape[-1]))
         index = labels.expand(len(self.logits), -1).unsqueeze(-1)
         return self.logits.log_softmax(-1).gather(-1, index).squeeze(-1)

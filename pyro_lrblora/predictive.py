@@ -122,7 +122,7 @@ def predict_at(
             parts.append(_summaries(model, batch, values, head, folding(model, batch, values, fold)))
     order = torch.as_tensor(batches.order)
     summaries = {}
-    for name in parts[0]:
+    for name in [name for name in parts[0] if all(name in part for part in parts)]:
         tensors = [part[name] for part in parts]
         if name != "logits":
             tensors = _same_length(tensors)

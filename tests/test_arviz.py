@@ -2,6 +2,8 @@
 
 import arviz as az
 import numpy as np
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 from conftest import tiny_bert, tiny_tokenizer, token_batches
@@ -9,7 +11,8 @@ from test_tasks import tiny_items, tiny_llama, tiny_t5, tiny_texts
 
 import pyro_lrblora as lb
 from pyro_lrblora.arviz_io import arviz_1, elpd_data, posterior_draws
-from pyro_lrblora.evidence import LOO
+from pyro_lrblora.arviz_plots import loo_pit_values
+from pyro_lrblora.evidence import LOO, importance
 from pyro_lrblora.networks import MeanPoolClassifier
 
 pytestmark = pytest.mark.filterwarnings("ignore::pyro_lrblora.ScalesNotConverged")
@@ -172,3 +175,36 @@ def test_draws_of_chains_stay_in_their_chains():
     assert chains == 3
     assert (draws["R"][:, 0, 0, 0] // 10).tolist() == [0.0] * 5 + [1.0] * 5 + [2.0] * 5
     assert posterior_draws(fit(lb.LoRAXS(2)))[1] == 1
+
+
+def mistaken(outputs, batch):
+    """Labels of three classes, a third of them at random."""
+    probs = 0.7 * lb.likelihoods.logits_of(outputs).softmax(-1) + 0.1
+    pyro.sample("labels", dist.Categorical(probs=probs), obs=batch.get("labels"))
+
+
+def test_the_log_likelihood_is_that_of_the_likelihood_that_was_fitted():
+    """Not of the classes that predict shows: LOO from ArviZ's data and from evidence are of one density."""
+    posterior = fit(lb.LoRAXS(2), likelihood=mistaken)
+    prediction = lb.predict(posterior, token_batches(), draws=20, antithetic=False)
+    shown = prediction.logits.softmax(-1).gather(-1, prediction.labels.expand(20, -1)[..., None])[..., 0]
+    expected = (0.7 * shown + 0.1).log()
+    torch.testing.assert_close(prediction.log_likelihood, expected)
+    found = posterior.to_arviz(token_batches(), draws=20)["log_likelihood"]["labels"].values[0]
+    np.testing.assert_allclose(found, expected.numpy(), rtol=1e-5)
+    np.testing.assert_allclose(
+        importance(posterior, token_batches(), draws=20, progress=False).log_likelihood, expected.double(), rtol=1e-5
+    )
+    with pytest.raises(TypeError, match="probabilities of the classes that predict shows"):
+        loo_pit_values(posterior, token_batches(), draws=20)
+
+
+def test_the_epoch_that_is_kept_is_chosen_by_the_likelihood_that_is_fitted():
+    validation = token_batches(seed=1)
+    model = lb.BayesianLoRA(tiny_bert(), lb.LoRAXS(2), likelihood=mistaken)
+    posterior = lb.fit(model, token_batches(), validation=validation, guide=lb.guides.Delta(), epochs=1, progress=False)
+    prediction = lb.predict(posterior, validation, draws=1)
+    shown = prediction.probs.gather(-1, prediction.labels[:, None])
+    found = posterior.history[-1]["validation_nll"]
+    assert found == pytest.approx(-float((0.7 * shown + 0.1).log().mean()), rel=1e-5)
+    assert found != pytest.approx(prediction.nll, rel=1e-3)

@@ -315,3 +315,18 @@ def test_a_full_covariance_over_too_many_latents_is_refused(wide):
         G.FullRank()(wide)
     with pytest.raises(ValueError, match="D=15040"):
         lb.infer.laplace(wide, [{"x": torch.randn(2, 64), "labels": torch.tensor([0, 2])}], structure="full", steps=1)
+
+
+@pytest.mark.parametrize("guide", [G.LowRankPrecision(2), G.Diagonal(), AutoNormal], ids=label)
+@pytest.mark.parametrize("size", [1.0, 100.0])
+def test_a_bayesian_head_starts_as_wide_as_its_prior_says(guide, size):
+    """Features a hundred times as large are the same problem with weights a hundredth as large."""
+    network = tiny_bert()
+    network.bert.pooler.activation = nn.Hardtanh(-size, size)
+    network.bert.pooler.dense.weight.data *= size
+    model = lb.BayesianLoRA(network, lb.LoRAXS(2), head="bayesian").prepare(token_batches())
+    posterior = lb.fit(model, token_batches(), guide=guide, steps=1, rates=STANDING, progress=False)
+    draws = posterior.sample(2000, seed=0)
+    for name, prior in posterior.model.head_prior().items():
+        shares = draws[name].std(0) / prior.scale
+        torch.testing.assert_close(shares, torch.full_like(shares, 0.1), rtol=0.1, atol=0)

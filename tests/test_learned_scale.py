@@ -230,3 +230,25 @@ def test_the_kl_sends_a_gradient_to_the_scale(problem):
     q = guide.distribution()
     expected = (1 - (q.mean.square() + q.variance) / 0.5**2).sum()
     torch.testing.assert_close(model.learned_scale.log_scale.grad, expected.detach(), rtol=1e-4, atol=1e-4)
+
+
+def test_a_reference_under_another_scale_is_refused(problem):
+    """A copy learns its scale anew, so that a chain on a learned model would be under the prior it started at."""
+    posterior = exact_fit(problem, lb.priors.Learned(lb.priors.Normal(0.1)), steps=60)
+    scale = float(posterior.model.learned_scale.current)
+    guide = lb.guides.FullRank()
+    under = lambda prior: lb.Posterior(model := problem.model.with_prior(prior), guide(model), guide)
+    with pytest.raises(ValueError, match=r"under the same prior, got .*learned to be .*model.with_prior"):
+        lb.diagnostics.against_reference(posterior, under(lb.priors.Learned(lb.priors.Normal(0.1))), draws=8)
+    with pytest.raises(ValueError, match="under the same prior"):
+        lb.diagnostics.against_reference(posterior, under(lb.priors.StudentT(scale)), draws=8)
+    lb.diagnostics.against_reference(posterior, under(lb.priors.Normal(scale)), draws=8)
+    with pytest.raises(ValueError, match=r"Normal\(scale=0.1\) and Normal\(scale=0.2\)"):
+        lb.diagnostics.against_reference(under(lb.priors.Normal(0.1)), under(lb.priors.Normal(0.2)), draws=8)
+
+
+def test_laplace_with_a_free_covariance_under_a_learned_prior(problem):
+    model = problem.model.with_prior(lb.priors.Learned(lb.priors.Normal(0.7)))
+    found = lb.infer.laplace(model, [problem.batch], structure="full", epochs=1, progress=False)
+    exact = torch.linalg.inv(problem.precision)
+    torch.testing.assert_close(found.covariance().dense().double(), exact, rtol=0.02, atol=1e-4)

@@ -61,11 +61,32 @@ CORRELATED = lb.priors.MatrixNormal(0.1, row_correlation=0.8, column_correlation
 
 def test_draws_of_a_correlated_prior_know_nothing_of_data(problem):
     found = low_rank(of_the_prior(problem.model.with_prior(CORRELATED)))
-    assert found.spectra["precision from the data", "reference"].max() < 0.3  # of 2,000 draws
+    for of in ("reference", "reference, no correlation"):
+        assert found.spectra["precision from the data", of].max() < 0.3  # of 2,000 draws
     assert found.table.loc[("covariance", "reference"), "effective rank"] == pytest.approx(18, rel=0.03)
-    for part in ("covariance", "precision from the data"):
-        spectrum, null = (found.spectra[part, of] for of in ("reference", "reference, no correlation"))
-        np.testing.assert_allclose(spectrum, null, atol=0.1)
+    spectrum, null = (found.spectra["covariance", of] for of in ("reference", "reference, no correlation"))
+    np.testing.assert_allclose(spectrum, null, atol=0.1)
+
+
+@pytest.mark.parametrize("per_latent", [8, 40])
+def test_the_effective_rank_of_the_precision_has_no_bias_of_the_draws(per_latent):
+    """One direction known from data, of 64: a sample covariance's own inverse would show several."""
+    problem = LinearGaussian(rank=4, modules=4)
+    known = torch.nn.functional.normalize(torch.randn(64, generator=torch.Generator().manual_seed(0)), dim=0)
+    precision = (torch.eye(64) + 20 * torch.outer(known, known)).double() / 0.1**2
+    problem.model = problem.model.with_prior(lb.priors.Normal(0.1))
+    exactly = torch.distributions.MultivariateNormal(torch.zeros(64).double(), precision_matrix=precision)
+    torch.manual_seed(0)
+    ranks = []
+    for _ in range(10):
+        draws = exactly.sample((1, per_latent * 64)).float()
+        posterior = lb.Posterior(problem.model, DrawsGuide({"R": draws.unflatten(-1, (4, 4, 4))}), Draws(1, 64))
+        ranks.append(low_rank(posterior).table.loc["precision from the data", "effective rank"])
+    assert np.mean([rank["reference"] for rank in ranks]) == pytest.approx(1, abs=0.15)
+    marginal = 1 / precision.inverse().diagonal() * 0.1**2 - 1
+    null = float(marginal.sum() ** 2 / marginal.square().sum())
+    # Noise in variances makes those of latents that know nothing seem to know something.
+    assert null - 3 < np.mean([rank["reference, no correlation"] for rank in ranks]) < null + 15
 
 
 def test_the_data_s_part_of_the_precision_in_units_of_a_correlated_prior():

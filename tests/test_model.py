@@ -248,6 +248,9 @@ def test_a_prepared_model_is_prepared_anew(projection):
     assert again.head_scale == fresh.head_scale
     for found, expected in ((again.adapted.tensors(), fresh.adapted.tensors()), (again.head_start, fresh.head_start)):
         assert all(torch.equal(found[name], expected[name]) for name in expected)
+    for other in (lb.LoRAXS(1, projection), lb.LoRAXS(2, projection, layers=[0])):
+        with pytest.raises(ValueError, match="expected another model with the model's adapter"):
+            lb.BayesianLoRA(tiny_bert(), other).in_subspace_of(fresh)
     kept = model.in_subspace_of(fresh).prepare(first)
     assert all(torch.equal(kept.adapted.tensors()[name], value) for name, value in fresh.adapted.tensors().items())
 
@@ -374,7 +377,7 @@ def test_the_prior_of_a_head_is_the_same_after_a_staged_start_and_on_disk(tmp_pa
     own = {name: network.get_parameter(name) for name in model.head_start if "dense" in name}
     assert own
     for posterior in (first, staged, loaded, lb.fit(loaded.model, token_batches(), init=loaded, progress=False)):
-        prior = posterior.model._head_prior()
+        prior = posterior.model.head_prior()
         assert all(torch.equal(prior[name].loc, value) for name, value in own.items())
         moved = lb.fixed_from(posterior).values
         assert all(not torch.equal(moved[name], value) for name, value in own.items())

@@ -7,8 +7,10 @@ import torch
 from conftest import tiny_bert, tiny_reviews, tiny_tokenizer, token_batches
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_tasks import tiny_t5, tiny_texts
 
 import pyro_lrblora as lb
+from pyro_lrblora.adapters.statistics import sum_statistics
 
 P = lb.projections
 EVERY = [
@@ -309,3 +311,18 @@ def test_labels_drawn_for_a_projection_are_those_of_the_seed():
         torch.rand(3)
         bases.append(prepared_.adapted.tensors())
     assert all(torch.equal(bases[0][name], bases[1][name]) for name in bases[0])
+
+
+def test_whitened_svd_of_a_decoder_leaves_its_own_padding_out():
+    """The rows of an encoder-decoder one by one, where nothing is padded, and in batches whose two texts are padded."""
+    texts, network = tiny_texts(8), tiny_t5()
+    options = {"prompt": "prompt", "decoder": network}
+    sums = []
+    for size in (1, 8):
+        model = lb.BayesianLoRA(
+            network, lb.LoRAXS(2, P.WhitenedSVD(), "attention"), likelihood=lb.likelihoods.NextToken()
+        )
+        sums.append(sum_statistics(model, lb.data.Texts(texts, tiny_tokenizer(), batch_size=size, **options)))
+    assert any("decoder" in name for name in sums[0])
+    for name, alone in sums[0].items():
+        torch.testing.assert_close(sums[1][name], alone, rtol=1e-4, atol=1e-4)

@@ -35,6 +35,7 @@ def test_pyros_laplace_is_the_exact_posterior_of_a_linear_gaussian_model():
     sd = torch.linalg.inv(problem.precision).diagonal().sqrt()
     assert ((normal.mean.double() - problem.mean).abs() / sd).max() < 0.05
     torch.testing.assert_close(normal.precision_matrix.double(), problem.precision, rtol=1e-3, atol=1e-2)
+    assert lb.diagnostics.training(posterior).log_joint  # the point's history is of no bound
 
 
 @pytest.mark.parametrize("guide", STOCK[:3], ids=label)

@@ -1,5 +1,7 @@
 """Multiple choice, language models and regression: against transformers' own scores, exact posteriors, and errors."""
 
+import warnings
+
 import datasets
 import pyro
 import pytest
@@ -478,6 +480,17 @@ def test_bad_numbers_are_refused():
     two = lb.BayesianLoRA(tiny_bert(2), likelihood=lb.likelihoods.Gaussian(1.0))
     with pytest.raises(ValueError, match="num_labels=1"):
         lb.fit(two, data, progress=False)
+
+
+@pytest.mark.parametrize("size", [1e-3, 1.0, 100.0])
+def test_numbers_of_another_scale_are_told(size):
+    labels = size * torch.randn(50, generator=torch.Generator().manual_seed(0))
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        lb.likelihoods.Gaussian(1.0).check_labels(labels, 1)
+        lb.likelihoods.Gaussian(1.0).check_labels(labels[:1], 1)
+    assert len(told) == (size != 1)
+    assert all(f"standard deviation of {float(labels.std()):.3g}" in str(each.message) for each in told)
 
 
 def test_a_text_without_tokens_to_score_is_refused():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
@@ -9,9 +10,13 @@ import torch
 from torch import Tensor
 
 from ..data import batch_rows
+from ..data.batches import IGNORED
 from ..scores import score_losses
 from .rows import rows_apart
 from .targets import device_of, weight_shape
+
+# What reads the encoder in a decoder: T5, BART and its like, BERT.
+_CROSS = re.compile(r"(EncDecAttention|encoder_attn|crossattention)\..*?(k|v|k_proj|v_proj|key|value)$")
 
 
 def bind(model, batches: Iterable[Mapping[str, Tensor]], seed: int):
@@ -67,7 +72,7 @@ def sum_statistics(model, batches: Iterable[Mapping[str, Tensor]]) -> dict[str, 
                 labels, observed = model.pretrained_labels(batch)
                 for gradients in _gradients(projection.statistics, labels, observed, outputs):
                     for name, calls in gradients.items():
-                        for seen in _calls(inputs[name], calls, batch):
+                        for seen in _calls(inputs[name], calls, batch, _mask_of(name, batch)):
                             for key, value in projection.collect(*seen).items():
                                 if key in totals[name]:
                                     totals[name][key] += value
@@ -110,12 +115,15 @@ def _gradients(
 
 
 def _calls(
-    inputs: Sequence[Tensor], gradients: Sequence[Tensor] | None, batch: Mapping[str, Tensor]
+    inputs: Sequence[Tensor], gradients: Sequence[Tensor] | None, batch: Mapping[str, Tensor], shown: Tensor | None
 ) -> Iterator[tuple[Tensor, Tensor | None, Tensor]]:
-    """A module's inputs (B, T, n), gradients (B, T, m) and mask (B, T); its calls on the batch's rows as one."""
+    """A module's inputs (B, T, n), gradients (B, T, m) and mask (B, T); its calls on the batch's rows as one.
+
+    `shown` (B, T) are the tokens that are no padding, in calls on as many.
+    """
     rows = batch_rows(batch)
     seen = [_rows(tokens, rows) for tokens in inputs]
-    masks = [_token_mask(tokens, batch.get("attention_mask")) for tokens in seen]
+    masks = [_token_mask(tokens, shown) for tokens in seen]
     found = [None] * len(seen) if gradients is None else [_rows(gradient, rows) for gradient in gradients]
     groups: dict[int, list] = {}
     for call in zip(seen, found, masks, strict=True):
@@ -123,6 +131,14 @@ def _calls(
     for group in groups.values():
         tokens, gradient, mask = zip(*group, strict=True)
         yield torch.cat(tokens, 1), None if gradients is None else torch.cat(gradient, 1), torch.cat(mask, 1)
+
+
+def _mask_of(name: str, batch: Mapping[str, Tensor]) -> Tensor | None:
+    """Which of the tokens that a module reads are no padding, (B, T): the decoder's are other ones."""
+    if "decoder_input_ids" not in batch or "decoder" not in name.split(".") or _CROSS.search(name):
+        return batch.get("attention_mask")
+    own = batch.get("decoder_attention_mask")
+    return batch["labels"] != IGNORED if own is None else own
 
 
 def _rows(tensor: Tensor, rows: int) -> Tensor:

@@ -33,7 +33,7 @@ def gradient_noise(
     Args:
         posterior: what svi returned; any guide with parameters of its own is measured.
         train: the rows that were fitted, with labels.
-        batches: n >= 2 gradients, passing over the data again where it has fewer batches.
+        batches: n >= 2 gradients, each of a batch from another pass: those of one pass are not independent.
         seed: of the order of rows and of the draws.
         batch_size: rows per batch, for a datasets.Dataset; None is the fit's own.
         tokenizer: for a datasets.Dataset, where the model has none.
@@ -120,7 +120,7 @@ def _groups(posterior: Posterior) -> dict[str, list[Tensor]]:
 
 
 def _gradients(posterior: Posterior, data, groups) -> Iterator[dict[str, Tensor]]:
-    """One batch's gradient after the other, a flat float64 vector per kind of parameter, without end."""
+    """Gradients of batches that are each of a pass of its own, a flat float64 vector per kind of parameter, no end."""
     model, guide, settings = posterior.model, posterior.guide, posterior.settings
     by_path = settings.get("path_derivative", False)
     closed = settings.get("kl") != "mc" and not by_path and has_closed_form(model, guide)
@@ -130,17 +130,19 @@ def _gradients(posterior: Posterior, data, groups) -> Iterator[dict[str, Tensor]
     )  # fmt: skip
     per_row = settings.get("draws", "row") == "row" and getattr(guide, "rowwise", None) is not None
     program, proposal = (model.rowwise, guide.rowwise) if per_row else (model, guide)
-    for epoch in count(1):
-        for position, batch in enumerate(data):
-            for parameter in (p for group in groups.values() for p in group):
-                parameter.grad = None
-            add_gradients(
-                model, elbo, program, proposal, batch, (position, epoch), settings.get("precision", "fp32"),
-                row_weight(batch, data),
-            )  # fmt: skip
-            yield {
-                kind: torch.cat([
-                    (torch.zeros_like(p) if p.grad is None else p.grad).detach().flatten().double() for p in group
-                ])
-                for kind, group in groups.items()
-            }  # fmt: skip
+    for number in count(1):
+        # Batches of one pass share no rows, so that their mean is nearer to the truth than independent ones' would be.
+        position = int(torch.randint(len(data), ()))
+        batch = next(islice(data, position, None))
+        for parameter in (p for group in groups.values() for p in group):
+            parameter.grad = None
+        add_gradients(
+            model, elbo, program, proposal, batch, (position, number), settings.get("precision", "fp32"),
+            row_weight(batch, data),
+        )  # fmt: skip
+        yield {
+            kind: torch.cat([
+                (torch.zeros_like(p) if p.grad is None else p.grad).detach().flatten().double() for p in group
+            ])
+            for kind, group in groups.items()
+        }  # fmt: skip

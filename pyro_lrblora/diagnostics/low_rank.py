@@ -16,7 +16,7 @@ from ..infer.chains import R_HAT
 from ..posterior import Posterior, local_parameters
 from ..priors.variance import prior_covariance, prior_variance
 from ..projections import Random
-from .spectra import effective_rank, eigenvalues, independent_draws, turned
+from .spectra import added_precision, effective_rank, eigenvalues, independent_draws, turned
 
 _MOST = 4096  # latents, whose covariance is decomposed whole
 _PER_LATENT = 4  # draws of each, below which the inverse of a sample covariance is mostly noise
@@ -34,8 +34,10 @@ def low_rank(reference: Posterior, random: Posterior | None = None, seed: int = 
     nulls: the same marginals in those units without correlation; and the posterior in a random subspace. An effective
     rank well below both is structure. Of draws the first null is every latent's chains turned by steps of their own,
     which leaves their autocorrelation: draws that resemble those before them show few directions by chance, as fewer
-    independent ones do. How many of these they are worth is read off the null's correlations. Chains that have not
-    converged stand apart, and the direction between them alone makes any covariance look low-rank: `doubt` says so.
+    independent ones do. How many of these they are worth is read off the null's correlations. Effective ranks are
+    without the bias of so many draws; shares of the trace are as the draws show them, spread by noise over more
+    directions. Chains that have not converged stand apart, and the direction between them alone makes any covariance
+    look low-rank: `doubt` says so.
 
     Args:
         reference: stored draws (lb.infer.nuts), or a normal with a free covariance (laplace structure="full").
@@ -59,18 +61,21 @@ def low_rank(reference: Posterior, random: Posterior | None = None, seed: int = 
             notes.append(f"{name}: no precision, and its covariance in units of the prior's sd only: {unknown}")
         for label, whitened, draws in _whitened(posterior, name, whiten, seed):
             values = eigenvalues(whitened)
-            parts = {"covariance": (values, draws)}
+            parts = {"covariance": (values, effective_rank(values, draws))}
             if unknown:
                 pass
             elif draws is None or draws >= _PER_LATENT * len(values):
-                parts["precision from the data"] = ((1 / values.clamp(min=1e-12) - 1).clamp(min=0).flip(0), None)
+                # Without correlation it is that of the variances, which far fewer draws tell well.
+                alone = draws is not None and label != name
+                known = whitened.diagonal().sort(descending=True).values if alone else values
+                parts["precision from the data"] = added_precision(known, None if alone else draws)
             else:
                 notes.append(
                     f"{label}: no precision, its draws are worth {draws:.0f} independent ones, fewer than "
                     f"{_PER_LATENT} per latent"
                 )
-            for part, (spectrum, drawn) in parts.items():
-                rows[part, label] = _row(spectrum, drawn)
+            for part, (spectrum, rank) in parts.items():
+                rows[part, label] = {"effective rank": rank} | _row(spectrum)
                 spectra[part, label] = spectrum.numpy()
     table = pd.DataFrame.from_dict(rows, orient="index")
     table.index = pd.MultiIndex.from_tuples(table.index, names=["of", "in"])
@@ -176,11 +181,10 @@ def _whitened(
             for label, each in ((name, draws), (bare, alone))]  # fmt: skip
 
 
-def _row(values: Tensor, draws: float | None) -> dict[str, float]:
+def _row(values: Tensor) -> dict[str, float]:
     total = values.sum()
     shares = (values / total).cumsum(0) if total > 0 else torch.full_like(values, torch.nan)
     return {
-        "effective rank": effective_rank(values, draws),
         "latents": len(values),
         "first direction": float(shares[0]),
         "first eight": float(shares[min(8, len(values)) - 1]),

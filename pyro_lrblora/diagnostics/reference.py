@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from ..guides.draws import DrawsGuide
-from ..infer.start import same_tensors
+from ..infer.start import prior_sites, same_tensors
+from ..model import BayesianLoRA
 from ..posterior import Posterior
 from ..predictive import predict
+from ..storage import describe
 
 _LEAST = 8  # draws: a floor comes from quarters of them, and a correlation takes two
 
@@ -188,6 +190,12 @@ def _check(posterior: Posterior, reference: Posterior, projections: int) -> None
             "expected posterior and reference in the same subspace, got other A and B; fit both from one "
             "model.prepare(train)"
         )
+    if not _same_prior(posterior.model, reference.model):
+        priors = [f"{model.prior!r}{_learned(model)}" for model in (posterior.model, reference.model)]
+        raise ValueError(
+            f"expected posterior and reference under the same prior, got {priors[0]} and {priors[1]}; fit the "
+            "reference to model.with_prior(...), a fixed one with the scale that was learned"
+        )
     heads = [_head(each) for each in (posterior, reference)]
     if not same_tensors(*heads):
         kinds = [f"{each.model.head!r} head, {sorted(head)} fixed" for each, head in zip((posterior, reference), heads)]  # noqa: B905
@@ -195,6 +203,26 @@ def _check(posterior: Posterior, reference: Posterior, projections: int) -> None
             f"expected posterior and reference with the same head, got {kinds[0]} and {kinds[1]}, or other values; "
             "write model.with_head(lb.fixed_from(posterior)) for the reference, or head='bayesian' for both"
         )
+
+
+def _same_prior(ours: BayesianLoRA, theirs: BayesianLoRA) -> bool:
+    """Whether the latents have one prior; a learned one is as wide as a fit has left it."""
+    if ours.learned_scale is None and theirs.learned_scale is None:
+        return describe(ours.prior) == describe(theirs.prior)
+    pairs = zip(*(prior_sites(model)[0].values() for model in (ours, theirs)), strict=True)
+    alike = lambda p, q: torch.allclose(p.variance.expand(p.shape()), q.variance.expand(q.shape()), rtol=0.02)
+    return all(type(_base(p)) is type(_base(q)) and alike(p, q) for p, q in pairs)
+
+
+def _base(distribution):
+    """What an Independent or expanded distribution is made of."""
+    while hasattr(distribution, "base_dist"):
+        distribution = distribution.base_dist
+    return distribution
+
+
+def _learned(model: BayesianLoRA) -> str:
+    return "" if model.learned_scale is None else f" learned to be {model.learned_scale.current.tolist()}"
 
 
 def _head(posterior: Posterior) -> dict[str, Tensor]:

@@ -40,6 +40,30 @@ def effective_rank(values: Tensor, draws: float | None) -> float:
     return float(trace**2 / square.clamp(min=1e-300))
 
 
+def added_precision(values: Tensor, draws: float | None) -> tuple[Tensor, float]:
+    """Eigenvalues of M = C^-1 - I, descending, none below zero, and its effective rank tr(M)^2 / tr(M^2).
+
+    The inverse of a sample covariance is too large, and its eigenvalues are further apart than those of C^-1: the
+    first two moments of an inverse Wishart matrix say by how much (von Rosen 1988), and the rank is without that bias.
+
+    Args:
+        values: eigenvalues of C, descending, or of a sample covariance.
+        draws: that the sample is of, more than D + 4; None where C is known.
+    """
+    size, inverse = len(values), 1 / values.clamp(min=1e-12)
+    if draws is None:
+        added = (inverse - 1).clamp(min=0).flip(0)
+        return added, effective_rank(added, None)
+    n, a = draws - 1, draws - 1 - size
+    inverse = (a - 1) / n * inverse
+    scale = a * (a - 3) / (a - 1)
+    first, second = scale * inverse.square().sum() / (a * (a - 3)), scale * inverse.sum() ** 2 / (a * (a - 3))
+    square, trace_squared = (a - 2) * first - second, (a - 1) * second - 2 * first
+    top, bottom = trace_squared - 2 * size * inverse.sum() + size**2, square - 2 * inverse.sum() + size
+    rank = float((top / bottom).clamp(1, size)) if top > 0 and bottom > 0 else float("nan")
+    return (inverse - 1).clamp(min=0).flip(0), rank
+
+
 def share(values: np.ndarray, top: int) -> float:
     """Of the variance, in the first eigenvalues; NaN without variance."""
     total = float(values.sum())

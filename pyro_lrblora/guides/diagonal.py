@@ -45,25 +45,25 @@ class DiagonalGuide(LatentGuide):
         super().__init__(model)
         loc, prior_sd = self.starting_point(model)
         self.loc = nn.Parameter(loc)
-        self._random = torch.cat(
+        self.random = torch.cat(
             [
                 torch.full((shape.numel(),), not {name, name.split("_")[0]} & set(point_sites), device=loc.device)
                 for name, shape in self.sites.shapes.items()
             ]
         )
         unknown = [p for p in point_sites if not any(p in (n, n.split("_")[0]) for n in self.sites.shapes)]
-        if unknown or not self._random.any():
+        if unknown or not self.random.any():
             raise ValueError(
                 f"expected point_sites among {list(self.sites.shapes)}, and not all of them, got {list(point_sites)}"
             )
-        self._all_random = bool(self._random.all())  # once: on a GPU it waits for what is queued
+        self._all_random = bool(self.random.all())  # once: on a GPU it waits for what is queued
         self._point_sd = _POINT_SD * prior_sd
-        self.scale = PyroParam(start_scale * prior_sd[self._random], constraints.positive)
+        self.scale = PyroParam(start_scale * prior_sd[self.random], constraints.positive)
 
     def distribution(self) -> dist.Independent:
-        scale = self.scale if self._all_random else self._point_sd.masked_scatter(self._random, self.scale)
+        scale = self.scale if self._all_random else self._point_sd.masked_scatter(self.random, self.scale)
         return dist.Normal(self.loc, scale).to_event(1)
 
     def begin(self, curvature: Curvature) -> None:
         self.loc.data.copy_(curvature.loc)
-        self.scale = curvature.diagonal.rsqrt()[self._random]
+        self.scale = curvature.diagonal.rsqrt()[self.random]

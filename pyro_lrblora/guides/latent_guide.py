@@ -13,7 +13,8 @@ import torch
 from pyro import poutine
 from pyro.infer.autoguide import AutoNormal
 from pyro.infer.autoguide.initialization import init_to_value
-from pyro.nn import PyroModule
+from pyro.infer.autoguide.utils import deep_setattr
+from pyro.nn import PyroModule, PyroParam
 from torch import Tensor, nn
 
 from ..distributions import LowRankPrecisionNormal
@@ -96,6 +97,7 @@ class LatentGuide(PyroModule):
 
     extra_family = AutoNormal
     has_density = True  # False: draws only, such as a point; nothing then has an evidence bound
+    random: slice | Tensor = slice(None)  # which latents are not points
     symmetric = False  # True of a normal: draws mirrored at its mean are draws, and its covariance says all
 
     def __init__(self, model):
@@ -157,4 +159,16 @@ class LatentGuide(PyroModule):
             start = init_to_value(values=dict(values), fallback=init_to_prior_median)
             guide = self.extra_family(program, init_loc_fn=start)
             guide._setup_prototype()
+        if isinstance(guide, AutoNormal):
+            spread_head(guide, model)
         return guide
+
+
+def spread_head(guide: AutoNormal, model) -> None:
+    """Start a Bayesian head at a tenth of its prior's standard deviation.
+
+    An absolute start, which is Pyro's, would be wide or narrow as the features the head reads are small or large.
+    """
+    if model.head == "bayesian":
+        for name, prior in model.head_prior().items():
+            deep_setattr(guide.scales, name, PyroParam(0.1 * prior.scale, guide.scale_constraint, prior.scale.dim()))

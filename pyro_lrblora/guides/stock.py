@@ -15,7 +15,7 @@ from torch.distributions import Normal, biject_to
 
 from ..distributions import CovarianceFactors, FullCovariance
 from ..priors.median import init_to_prior_median
-from .latent_guide import LatentGuide
+from .latent_guide import LatentGuide, spread_head
 
 
 def build_guide(spec, model, start_scale: float | None = None, start: Mapping[str, Tensor] | None = None) -> nn.Module:
@@ -49,6 +49,8 @@ def build_guide(spec, model, start_scale: float | None = None, start: Mapping[st
         # Pyro names every autoguide after its class: two in one process would share parameters.
         guide._pyro_name = f"{type(guide).__name__}_{uuid.uuid4().hex[:8]}"
         guide()
+        if is_stock(spec) and isinstance(guide, AutoNormal) and "init_scale" not in given:
+            spread_head(guide, model)
     return guide
 
 

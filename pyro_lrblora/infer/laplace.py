@@ -172,7 +172,7 @@ def _beyond_the_distributions(model: BayesianLoRA) -> str | None:
 def _prior_precision(model: BayesianLoRA) -> Tensor:
     """(D,)."""
     fns = prior_sites(model)[0].values()
-    return torch.cat([fn.variance.expand(fn.event_shape).flatten() for fn in fns]).reciprocal()
+    return torch.cat([fn.variance.detach().expand(fn.event_shape).flatten() for fn in fns]).reciprocal()
 
 
 @torch.no_grad()

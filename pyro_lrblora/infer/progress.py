@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 
+import torch
+from pyro.infer.autoguide import AutoNormal
 from torch import Tensor, nn
 
 from ..guides import LatentGuide
@@ -31,7 +33,7 @@ def multiplier(schedule: str, warmup: float, total: int) -> Callable[[int], floa
 
 
 class ScaleWatch:
-    """Follows the mean log standard deviation of a guide against the learning rate spent.
+    """Follows the mean log standard deviation of all that a guide draws against the learning rate spent.
 
     A decaying schedule makes everything look converged at the end. So the drift is measured over the last quarter of
     the learning rate spent and given per epoch at the full rate.
@@ -45,10 +47,13 @@ class ScaleWatch:
         if not (isinstance(guide, LatentGuide) and guide.has_density):
             return None
         try:
-            variance = guide.distribution().variance.detach()
+            scales = [guide.distribution().variance.detach()[guide.random].sqrt()]
         except NotImplementedError:  # a flow
             return None
-        level = float(variance.log().mean() / 2)
+        if isinstance(guide.extra, AutoNormal):
+            names = guide.extra.prototype_trace.stochastic_nodes
+            scales += [guide.extra._get_loc_and_scale(name)[1].detach().flatten() for name in names]
+        level = float(torch.cat(scales).log().mean())
         before = self.points[-1][0] if self.points else 0.0
         self.points.append((before + spent, level))
         return level

@@ -32,7 +32,7 @@ def sghmc(
 
     v <- (1 - a) v + eta G g + sqrt(2 a eta G) xi, then theta += v: equation 15 of the paper, its estimate of the
     gradient noise set to zero. The gradient g, the preconditioner G and the units of the step eta are those of sgld.
-    In the stiffest direction the posterior variance comes out too large by about eta / (4 - 2 a) +
+    In the stiffest direction the posterior variance comes out too large by at most about eta / (4 - 2 a) +
     eta (N / B - 1) / (2 a), in relative terms, and by less elsewhere. Slow directions are crossed in fewer steps than
     by sgld.
 

@@ -34,7 +34,8 @@ def sgld(
     preconditioner G is diagonal and constant, so the correction term of Li et al. (arXiv 1512.07666, equation 8) is
     zero: 1 / (diagonals of the prior precision and the Fisher matrix) at the start, divided by the largest eigenvalue
     of the curvature in those units. So h means the same for every model: the posterior variance comes out too large by
-    about h N / (4 B) in the stiffest direction, in relative terms, and less elsewhere. There is no accept step. Neither
+    at most about h N / (4 B) in the stiffest direction, in relative terms, and less elsewhere: that is with rows drawn
+    anew for every batch, and a pass, in which each row comes once, has less noise. There is no accept step. Neither
     the model, nor the network, nor Pyro's param store is changed.
 
     Args:

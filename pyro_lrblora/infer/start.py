@@ -39,20 +39,25 @@ def in_subspace(model: BayesianLoRA, init: Posterior | None, train, tokenizer) -
 def check_start(model: BayesianLoRA, init: Posterior) -> None:
     """Raise a ValueError unless both adapt modules of the same names and shapes in the same way and subspace."""
     other = init.model
+    check_same_modules(model, other, "init=")
+    if model.prepared and not same_tensors(model.adapted.tensors(), other.adapted.tensors()):
+        raise ValueError(
+            "expected init= to be fitted in the same subspace, got another; fit both from one model.prepare(train)"
+        )
+
+
+def check_same_modules(model: BayesianLoRA, other: BayesianLoRA, given: str) -> None:
+    """Raise a ValueError unless a model `given` as such adapts modules of the same names and shapes in the same way."""
     if describe(model.adapter) != describe(other.adapter):
         raise ValueError(
-            f"expected init= with the model's adapter, got {other.adapter!r} where the model has {model.adapter!r}; "
+            f"expected {given} with the model's adapter, got {other.adapter!r} where the model has {model.adapter!r}; "
             "make both from one model.prepare(train)"
         )
     ours, theirs = ({name: weight_shape(m) for name, m in each.modules.items()} for each in (model, other))
     if ours != theirs:
         raise ValueError(
-            f"expected init= on modules of the model's names and shapes, got {type(other.network).__name__} with such "
-            f"as {sorted(theirs.items() - ours.items())[:2]}"
-        )
-    if model.prepared and not same_tensors(model.adapted.tensors(), other.adapted.tensors()):
-        raise ValueError(
-            "expected init= to be fitted in the same subspace, got another; fit both from one model.prepare(train)"
+            f"expected {given} on modules of the model's names and shapes, got {type(other.network).__name__} with "
+            f"such as {sorted(theirs.items() - ours.items())[:2]}"
         )
 
 

@@ -44,4 +44,5 @@ def normal_at_mode(point: Posterior, train) -> Posterior:
     scale = root.diagonal()
     guide.loc.data.copy_(loc.detach())
     guide.scale, guide.scale_tril = scale, root / scale.unsqueeze(-1)
-    return Posterior(model, guide, AutoMultivariateNormal, point.history, point.settings)
+    settings = point.settings | {"method": "AutoLaplaceApproximation"}  # whose history is a point's
+    return Posterior(model, guide, AutoMultivariateNormal, point.history, settings)

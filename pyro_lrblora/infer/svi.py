@@ -297,8 +297,10 @@ def _validation_nll(posterior: Posterior, batches, draws: int, precision: str, w
         prediction = predict(
             posterior, mine, draws=posterior.balanced_draws(draws), precision=precision, progress=False
         )
-        count = prediction.observations
-        total = count * prediction.nll
+        count, observed = prediction.observations, getattr(prediction, "observed", None)
+        # What is fitted is what chooses the epoch, where a user's likelihood is not that of the classes shown.
+        each = prediction.nll if observed is None else math.log(len(observed)) - float(observed.logsumexp(0).mean())
+        total = count * each
     total, count = workers.sums([total, count], posterior.model.device)
     return total / count
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -35,7 +36,11 @@ class Gaussian:
         return pyro.sample("labels", noise, obs=None if labels is None else labels.to(noise.loc.dtype))
 
     def check_labels(self, labels: Tensor, classes: int | None) -> None:
-        """Raise a ValueError where labels (N,) are not finite numbers, or the outputs are not as many as needed."""
+        """Raise a ValueError where labels (N,) are not finite numbers, or the outputs are not as many as needed.
+
+        Warns:
+            UserWarning: labels so large or small that a fit would not get to them.
+        """
         needed = 2 if self.scale is None else 1
         if labels.dim() != 1 or not labels.double().isfinite().all():
             raise ValueError(
@@ -45,6 +50,13 @@ class Gaussian:
             raise ValueError(
                 f"expected a network with {needed} output(s) for {self}, got {classes}; load it with "
                 f"num_labels={needed}"
+            )
+        spread = float(labels.double().std()) if len(labels) > 1 else 0.0
+        if spread > 0 and not 0.2 <= spread <= 5:
+            warnings.warn(
+                f"the labels have a standard deviation of {spread:.3g}, and rates and the head's prior are made for "
+                "one near 1: write (labels - mean) / sd in the data, and undo it on what is predicted",
+                stacklevel=2,
             )
 
     def summary(self, outputs, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:

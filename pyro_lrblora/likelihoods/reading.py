@@ -54,7 +54,13 @@ def summary(likelihood: Callable, outputs, batch: Mapping[str, Tensor]) -> dict[
     """What `predict` keeps of one draw's outputs: tensors (B, ...) by name."""
     if hasattr(likelihood, "summary"):
         return likelihood.summary(outputs, batch)
-    return {"logits": class_logits(likelihood, outputs, batch)}
+    kept = {"logits": class_logits(likelihood, outputs, batch)}
+    labels = batch.get("labels")
+    # A user's own function may say of the labels something else than the logits do, such as that some are mistaken.
+    if not hasattr(likelihood, "logits") and labels is not None and bool((labels >= 0).all()):
+        distribution, observed = label_site(likelihood, outputs, batch)
+        kept["log_likelihood"] = distribution.log_prob(observed)
+    return kept
 
 
 def check_classes(likelihood: Callable, outputs, batch: Mapping[str, Tensor]) -> None:
@@ -78,4 +84,4 @@ def prediction(
     """What `predict` returns, from the summaries (S, N, ...) of all draws and rows."""
     if hasattr(likelihood, "prediction"):
         return likelihood.prediction(summaries, labels, class_names)
-    return Prediction(summaries["logits"], labels, class_names)
+    return Prediction(summaries["logits"], labels, class_names, summaries.get("log_likelihood"))
