@@ -89,7 +89,8 @@ def load(folder, network: nn.Module, *, tokenizer=None, prior=None, likelihood=N
         prior, likelihood, guide: only where the saved one was your own function, which a file cannot hold.
 
     Raises:
-        ValueError: the files are missing, corrupt or not a posterior, or belong to another base or tokenizer.
+        ValueError: the files are missing, corrupt or not a posterior, or belong to another base or tokenizer; a prior,
+            likelihood or guide other than the saved one.
     """
     if not isinstance(network, nn.Module):
         raise TypeError(f"expected the network itself, a torch module, got {network!r}; load the base first")
@@ -257,6 +258,10 @@ def describe(spec) -> dict:
 
 def _restore(card: dict, namespace, given, role: str):
     if given is not None:
+        if '"own"' not in json.dumps(card) and describe(given) != card:
+            raise ValueError(
+                f"expected no {role}=, because this posterior was fitted with {card}, got {given!r}; leave it out"
+            )
         return given
     if "own" in card:
         raise ValueError(f"expected {role}= because this posterior was fitted with your own {card['own']}")

@@ -253,6 +253,10 @@ def test_specs_survive_the_file(prior, projection, tmp_path):
     assert loaded.model.adapter == posterior.model.adapter
     assert loaded.guide_spec == lb.guides.LowRank(3)
     assert loaded.model.size == 40
+    lb.Posterior.load(tmp_path, tiny_bert(), prior=prior, guide=lb.guides.LowRank(3))
+    for other in ({"prior": lb.priors.Normal(0.3)}, {"guide": lb.guides.LowRank(2)}, {"prior": users_prior}):
+        with pytest.raises(ValueError, match=f"expected no {next(iter(other))}=, .* leave it out"):
+            lb.Posterior.load(tmp_path, tiny_bert(), **other)
 
 
 def test_ones_own_prior_is_asked_for(tmp_path):
