@@ -43,7 +43,7 @@ def leading_singular_vectors(
     By block Krylov iteration from random columns where a generator is given and it saves work, exact otherwise.
     """
     matrix = matrix.detach().float()
-    columns = max(rank, 8)
+    columns = rank + 8  # fewer miss directions of trained weights, whose singular values lie close together
     if generator is None or 10 * columns > min(matrix.shape):
         u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
         return u[:, :rank].contiguous(), s[:rank], vh[:rank].T.contiguous()
