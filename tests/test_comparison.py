@@ -371,3 +371,16 @@ def test_other_rows_of_equal_number_are_not_taken_for_those_fitted():
     for train, said in ((data, False), (tiny_reviews(20, seed=9), True)):
         notes = lb.compare({"one": posterior}, data, train=train, draws=2, evidence_draws=2).attrs["notes"]
         assert any("train= holds other rows" in note for note in notes) == said
+
+
+def test_seed_and_bins_reach_every_row(fits, reviews):
+    posterior = fits["diagonal"]
+    table = lb.compare({"one": posterior}, **reviews, draws=4, evidence_draws=20, bins=3, seed=7, progress=False)
+    options = {"draws": posterior.balanced_draws(4), "seed": 7, "progress": False}
+    held, found = (lb.predict(posterior, reviews[role], **options) for role in ("validation", "test"))
+    tempered = found.tempered(lb.metrics.fit_temperature(held.log_probs, held.labels))
+    for row, prediction in {"one": found, "one, temperature": tempered}.items():
+        for name, value in prediction.scores(3).items():
+            assert table.loc[row, name] == pytest.approx(value, rel=1e-5)
+    bound = elbo(posterior, reviews["train"], draws=20, seed=7, progress=False)
+    assert table.loc["one", "ELBO per row"] == pytest.approx(bound.value / 40, rel=1e-5)

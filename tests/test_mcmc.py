@@ -415,3 +415,16 @@ def test_nan_names_its_batch(method):
     batches[1]["x"][3] = torch.nan
     with pytest.raises(FloatingPointError, match=f"in batch {0 if method == 'nuts' else 1}: expected a finite"):
         run(method, problem.model, batches)
+
+
+def test_the_settings_of_a_chain_reach_pyro(monkeypatch):
+    problem, given = LinearGaussian(rank=2), []
+    module = importlib.import_module("pyro_lrblora.infer.nuts")
+    kernel = module.NUTS
+    monkeypatch.setattr(module, "NUTS", lambda *args, **options: given.append(options) or kernel(*args, **options))
+    lb.infer.nuts(
+        problem.model, [problem.batch], draws=4, warmup=2, target_accept=0.6, max_tree_depth=3, full_mass=True,
+        progress=False,
+    )  # fmt: skip
+    wanted = {"target_accept_prob": 0.6, "max_tree_depth": 3, "full_mass": True}
+    assert {name: given[0][name] for name in wanted} == wanted

@@ -207,3 +207,16 @@ def test_the_standard_error_of_a_mean_is_that_of_scipy_and_one_value_has_none():
     values = np.random.default_rng(0).normal(size=30)
     assert metrics.standard_error(torch.from_numpy(values)) == pytest.approx(stats.sem(values))
     assert np.isnan(metrics.standard_error(values[:1]))
+
+
+def test_a_bootstrap_interval_is_the_quantiles_of_the_resamples():
+    generator = np.random.default_rng(3)
+    probs = generator.dirichlet(np.ones(3), 60)
+    labels = generator.integers(3, size=60)
+    for level, seed in ((0.95, 0), (0.5, 0), (0.5, 4)):
+        rows = np.random.default_rng(seed).integers(60, size=(200, 60))
+        values = [metrics.nll(probs[each], labels[each]) for each in rows]
+        expected = np.quantile(values, [0.5 - level / 2, 0.5 + level / 2])
+        assert metrics.bootstrap(metrics.nll, probs, labels, draws=200, level=level, seed=seed) == pytest.approx(
+            expected
+        )

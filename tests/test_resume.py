@@ -177,6 +177,7 @@ OTHER = {
     "prior": {"model": lambda: fresh_model(lb.priors.Normal(0.2))},
     "network": {"model": lambda: lb.BayesianLoRA(tiny_bert(seed=2), fresh_model().adapter, tokenizer=tiny_tokenizer())},
     "init": {"init": lambda: fit(fresh_model(), guide=lb.guides.Delta(), epochs=1)},
+    "dropout": {"model": lambda: fresh_model(dropout=True)},
 }
 
 
@@ -306,3 +307,19 @@ def test_a_seed_decides_everything_and_moves_nothing_of_the_users():
         torch.rand(3)
     assert_same(*runs)
     assert everything(runs[0])[1] != everything(fit(fresh_model(), batches, validation=REVIEWS, seed=6))[1]
+
+
+def test_a_start_or_a_head_with_other_values_is_another_fit(tmp_path):
+    """The same latents under another head, as a point and as what is held fixed."""
+    point = fit(fresh_model(), guide=lb.guides.Delta(), epochs=1)
+    moved = lb.Posterior(point.model.with_head("point"), point.guide, point.guide_spec)
+    fit(fresh_model(), init=point, checkpoint=tmp_path / "init", epochs=1)
+    refused(
+        tmp_path / "init", r"got one with other \['init'\]", init=lambda: moved, epochs=1, checkpoint=tmp_path / "init"
+    )
+    held = lambda posterior: point.model.with_head(lb.fixed_from(posterior))
+    fit(held(point), checkpoint=tmp_path / "head", epochs=1)
+    refused(
+        tmp_path / "head", r"got one with other \['fixed head'\]", lambda: held(moved), epochs=1,
+        checkpoint=tmp_path / "head",
+    )  # fmt: skip

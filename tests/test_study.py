@@ -337,3 +337,33 @@ def test_seconds_are_those_of_the_fit_and_not_of_preparing(script, monkeypatch):
         fits.borrowed, begun = 0.0, now[0]
         fits.point(methods.LORA, rate)
         assert now[0] - begun + fits.borrowed == 1.0
+
+
+def test_averages_are_over_seeds_and_then_tasks_by_brute_force(script):
+    """A method without every run is left out, and a task with more seeds weighs no more."""
+    tables = script("tables")
+    generator = np.random.default_rng(4)
+    figures = ["accuracy", "NLL", "Brier", "ECE (15 bins)", "ECE if calibrated", "ECE (15 bins of equal mass)", "AURC"]
+    runs, nll = [], {}
+    for method in ("LoRA", tables.OURS, "partial"):
+        for task, seed in [("a", 0), ("a", 1), ("a", 2), ("b", 0), ("b", 1)][: 4 if method == "partial" else 5]:
+            test, tempered = ({name: float(generator.uniform()) for name in figures} for _ in range(2))
+            nll[method, task, seed] = test["NLL"], tempered["NLL"]
+            row = {"test": test, "test, tempered": tempered, "temperature": 1.0}
+            about = {"parameters": 20, "LoRA r=8": 10, "head": 1, "CPU seconds": 1.0}
+            settings = {"stage": "scores", "task": task, "method": method, "seed": seed}
+            runs.append({"settings": settings, "rows": {"draws": row, "fit": about}})
+    table = tables.averages(tables.scores(runs))
+    assert list(table.index) == ["LoRA", tables.OURS]
+    for method in table.index:
+        of = lambda task, which, method=method: [v[which] for (m, t, _), v in nll.items() if (m, t) == (method, task)]
+        for place, name in enumerate(("NLL", "NLL at T")):
+            assert table.loc[method, name] == pytest.approx(np.mean([np.mean(of(task, place)) for task in "ab"]))
+        spread = np.mean([np.std(of(task, 0), ddof=1) for task in "ab"])
+        assert table.loc[method, "NLL s.d. over seeds"] == pytest.approx(spread)
+        assert table.loc[method, "of LoRA r=8"] == 2
+
+
+def test_the_value_that_was_taken_is_bold(script):
+    index = pd.MultiIndex.from_tuples([("LoRA", 0.1), ("LoRA", 0.2)], names=["method", "value"])
+    assert "0.1: 0.600, **0.2: 0.500**" in script("tables")._wide(pd.DataFrame({"t": [0.6, 0.5]}, index=index))

@@ -20,6 +20,7 @@ from pyro.infer.autoguide import (
 from test_model import GUIDES, PRIORS, users_prior
 
 import pyro_lrblora as lb
+from pyro_lrblora.infer.progress import BestState, multiplier
 
 pytestmark = pytest.mark.filterwarnings("ignore::pyro_lrblora.ScalesNotConverged")
 
@@ -449,3 +450,58 @@ def test_a_start_brings_the_prior_of_its_head_along():
     assert point.model.head_scale is not None
     again = fit(lb.BayesianLoRA(tiny_bert(), lb.LoRAXS(2)), guide=lb.guides.Diagonal(), init=point)
     assert again.model.head_scale == point.model.head_scale
+
+
+# --- the course of the rates, and where it stops
+
+
+def test_the_rate_of_every_step_by_hand():
+    paces = {name: [multiplier(name, 0.2, 10)(step) for step in range(10)] for name in ("linear", "constant", "cosine")}
+    assert paces["linear"] == pytest.approx([0.5, 1, *(left / 8 for left in range(8, 0, -1))])
+    assert paces["constant"] == pytest.approx([0.5, *9 * [1]])
+    assert paces["cosine"][:2] == pytest.approx([0.5, 1])
+    assert paces["cosine"][2:] == pytest.approx([(1 - math.cos(math.pi * left / 8)) / 2 for left in range(8, 0, -1)])
+
+
+def test_the_warm_up_and_the_schedule_asked_for_move_the_parameters():
+    """Adam's first step is as long as its rate, whatever the gradient."""
+
+    def first_step(**options):
+        problem = LinearGaussian(rank=2)
+        rates, moved = lb.Rates(loc=0.01, scale=0, factor=0), []
+        stop = lambda row, posterior: moved.append(posterior.guide.loc.detach().abs().mean())
+        fit(problem.model, [problem.batch], steps=10, rates=rates, warm_start=False, callbacks=[stop], **options)
+        return float(moved[0])
+
+    assert first_step(warmup=0.2, schedule="constant") == pytest.approx(0.005, rel=1e-3)
+    assert first_step(warmup=0.5, schedule="linear") == pytest.approx(0.002, rel=1e-3)
+    assert first_step(warmup=0.0, schedule="constant") == pytest.approx(0.01, rel=1e-3)
+
+
+def test_patience_counts_epochs_and_the_first_of_equals_is_kept():
+    layer = torch.nn.Linear(1, 1)
+    best, exhausted = BestState({"layer": layer}, patience=2), []
+    for weight, nll in enumerate((1.0, 1.0, 1.2, 1.1)):
+        layer.weight.data.fill_(weight)
+        best.update(nll)
+        exhausted.append(best.exhausted)
+    assert exhausted == [False, False, True, True]
+    best.restore()
+    assert layer.weight.item() == 0
+
+
+def test_the_validation_nll_is_of_as_many_draws_as_asked_for():
+    validation = token_batches(seed=1)
+    for draws in (2, 6):
+        posterior = fit(
+            lb.BayesianLoRA(tiny_bert(), lb.LoRAXS(2)), validation=validation, epochs=1, validation_draws=draws
+        )
+        expected = lb.predict(posterior, validation, draws=draws, progress=False).nll
+        assert posterior.history[-1]["validation_nll"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_every_callback_is_called_though_the_first_stops():
+    called = []
+    stop, note = lambda *_: called.append("stop") or True, lambda *_: called.append("note")
+    fit(lb.BayesianLoRA(tiny_bert(), lb.LoRAXS(2)), callbacks=[stop, note], epochs=3)
+    assert called == ["stop", "note"]
