@@ -289,3 +289,29 @@ def test_a_dropped_class_keeps_its_name_out_of_the_model():
     rows = tiny_reviews(20, classes=2).cast_column("label", datasets.ClassLabel(names=["no", "yes", "maybe"]))
     model = lb.BayesianLoRA(tiny_bert(2), tokenizer=tiny_tokenizer()).prepare(rows)
     assert model.class_names == ["LABEL_0", "LABEL_1"]
+
+
+def test_classes_of_data_that_a_model_does_not_know_are_not_its_others():
+    with pytest.raises(ValueError, match="expected the classes of the data in the model's order"):
+        check_class_order(["neg", "pos"], ["pos", "mixed"], "data")
+    names = datasets.ClassLabel(names=["negative", "positive"]), datasets.ClassLabel(names=["positive", "negative"])
+    train, other = (tiny_reviews(20, 2).cast_column("label", each) for each in names)
+    model = lb.BayesianLoRA(tiny_bert(2), lb.LoRAXS(2), tokenizer=tiny_tokenizer())
+    with pytest.raises(ValueError, match="classes of the validation data in the model's order"):
+        lb.fit(model, train, validation=other, progress=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.uint8, torch.bool])
+def test_classes_of_any_whole_numbers_are_fitted(dtype):
+    batches = [{**batch, "labels": batch["labels"].clamp(max=1).to(dtype)} for batch in token_batches()]
+    assert as_batches(batches).labels.dtype == torch.int64
+    posterior = lb.fit(lb.BayesianLoRA(tiny_bert(2), lb.LoRAXS(2)), batches, epochs=1, progress=False)
+    assert 0 <= lb.predict(posterior, batches, draws=2).scores()["accuracy"] <= 1
+
+
+def test_rows_end_after_512_tokens_where_a_tokenizer_knows_no_end():
+    tokenizer = tiny_tokenizer()
+    tokenizer.model_max_length = int(1e30)  # as transformers says of a tokenizer without a limit
+    rows = datasets.Dataset.from_dict({"text": ["good " * 700], "label": [0]})
+    assert lb.Batches(rows, tokenizer).longest == 512
+    assert lb.Batches(rows, tokenizer, max_length=600).longest == 600

@@ -400,3 +400,45 @@ def test_options_of_a_fit_that_swag_does_not_make_are_refused():
     model = lb.BayesianLoRA(tiny_bert(), lb.LoRAXS(2))
     with pytest.raises(ValueError, match=r"no options of svi with burn_in=0.*\['schedule'\]"):
         lb.infer.swag(model, token_batches(16), burn_in=0, schedule="linear", progress=False)
+
+
+def test_swag_goes_on_from_the_posterior_it_is_given():
+    model = classifier().prepare(token_batches())
+    point = lb.fit(model, token_batches(), guide=lb.guides.Delta(), epochs=2, **QUIET)
+    found = lb.infer.swag(
+        model, token_batches(), init=point, burn_in=1, snapshots=3, columns=2, rates=STANDING, **QUIET
+    )
+    for name, value in point.mean().items():
+        torch.testing.assert_close(found.mean()[name], value)
+
+
+def test_the_seed_of_swag_is_that_of_its_point_too():
+    model = classifier().prepare(tiny_reviews())
+    fit = lambda seed: lb.infer.swag(
+        model, tiny_reviews(), burn_in=2, snapshots=2, columns=1, every=1, seed=seed, **QUIET
+    )
+    means = [fit(seed).mean()["R"] for seed in (0, 0, 1)]
+    assert torch.equal(means[0], means[1])
+    assert not torch.allclose(means[0], means[2], atol=1e-6)
+
+
+def test_the_seed_of_laplace_is_that_of_its_point():
+    model = classifier().prepare(tiny_reviews())
+    fit = lambda seed: lb.infer.laplace(model, tiny_reviews(), structure="diagonal", epochs=1, seed=seed, **QUIET)
+    means = [fit(seed).mean()["R"] for seed in (0, 0, 1)]
+    assert torch.equal(means[0], means[1])
+    assert not torch.allclose(means[0], means[2], atol=1e-6)
+
+
+def test_tfb_s_score_is_of_the_draws_and_seed_asked_for():
+    point = lb.fit(classifier(), token_batches(), guide=lb.guides.Delta(), epochs=1, **QUIET)
+    posterior = lb.infer.tfb(point, token_batches(), draws=3, seed=5, steps=4)
+    expected = lb.predict(posterior, token_batches(), draws=3, seed=5).nll
+    assert posterior.settings["nll"] == pytest.approx(expected, rel=1e-5)
+    for other in ({"draws": 10, "seed": 5}, {"draws": 3, "seed": 0}):
+        assert posterior.settings["nll"] != pytest.approx(lb.predict(posterior, token_batches(), **other).nll, rel=1e-6)
+
+
+def test_members_have_batches_of_the_size_asked_for():
+    fit = lambda size: lb.infer.ensemble(classifier(), tiny_reviews(40), members=2, epochs=1, batch_size=size, **QUIET)
+    assert [fit(size).history[0]["step"] for size in (8, 20)] == [5, 2]

@@ -7,6 +7,7 @@ import shutil
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
+import datasets
 import numpy as np
 import pyro
 import pytest
@@ -492,3 +493,22 @@ def test_another_tokenizer_is_told_from_the_own(tmp_path):
         lb.Posterior.load(tmp_path, network, tokenizer=other)
     for same in (tiny_tokenizer(), None):
         lb.Posterior.load(tmp_path, network, tokenizer=same)
+
+
+def test_the_precision_asked_for_is_that_of_the_forward():
+    posterior = fit(lb.guides.Diagonal())
+    for options in ({"draws": 2}, {"at": "mean"}, {"method": "linearised", "draws": 50}):
+        whole, half = (lb.predict(posterior, token_batches(), precision=p, **options).logits for p in ("fp32", "bf16"))
+        assert not torch.equal(whole, half)
+        torch.testing.assert_close(whole, half, atol=0.1, rtol=0.1)
+
+
+def test_the_scale_of_the_head_and_the_names_of_classes_survive_the_file(tmp_path):
+    names = datasets.ClassLabel(names=["bad", "so so", "good"])
+    rows = tiny_reviews().cast_column("label", names)
+    model = lb.BayesianLoRA(tiny_bert(), lb.LoRAXS(2), tokenizer=tiny_tokenizer(), head_scale=0.37)
+    posterior = lb.fit(model, rows, epochs=1, progress=False)
+    posterior.save(tmp_path)
+    loaded = lb.Posterior.load(tmp_path, tiny_bert(), tokenizer=tiny_tokenizer())
+    assert loaded.model.head_scale == 0.37
+    assert lb.predict(loaded, rows, draws=2).class_names == ["bad", "so so", "good"]

@@ -534,3 +534,27 @@ def test_the_elbo_of_texts_is_pyros_own():
     scored = (batch["labels"][:, 1:] != -100).sum()
     prior = pyro.distributions.Normal(0.0, 0.1).log_prob(torch.zeros(model.sites.size)).sum()
     assert loss == pytest.approx(float(outputs.loss * scored - prior), rel=1e-5)
+
+
+def test_scores_of_texts_by_hand():
+    """Tokens are averaged over draws one by one, whole texts as wholes, and what is not scored counts nowhere."""
+    generator, scored = torch.Generator().manual_seed(0), torch.tensor([[True, True, True], [True, False, False]])
+    probs = torch.rand(4, 2, 3, generator=generator, dtype=torch.float64)
+    entropy = torch.rand(4, 2, 3, generator=generator, dtype=torch.float64) * scored
+    found = lb.predictions.TokenPrediction(probs.log() * scored, entropy, scored).scores()
+    tokens = [probs[:, i, j].mean() for i, j in scored.nonzero().tolist()]
+    assert found["NLL"] == pytest.approx(-float(sum(map(torch.log, tokens))) / 4)
+    assert found["perplexity"] == pytest.approx(float(torch.stack(tokens).log().mean().neg().exp()))
+    texts = [probs[:, 0].prod(-1).mean(), probs[:, 1, 0].mean()]
+    assert found["NLL, whole texts"] == pytest.approx(-float(sum(map(torch.log, texts))) / 4)
+    assert found["mean entropy"] == pytest.approx(float(entropy.sum()) / 4 / 4)
+
+
+def test_entropies_of_tokens_that_are_not_scored_are_zero():
+    texts = lb.data.Texts(tiny_texts(8), tiny_tokenizer(), prompt="prompt", batch_size=8)
+    model = lb.BayesianLoRA(tiny_llama(), lb.LoRAXS(2), likelihood=lb.likelihoods.NextToken())
+    posterior = lb.fit(model, texts, guide=lb.guides.Diagonal(), epochs=1, progress=False)
+    prediction = lb.predict(posterior, texts, draws=2)
+    assert not prediction.scored.all()
+    assert (prediction.entropy[:, ~prediction.scored] == 0).all()
+    assert (prediction.entropy[:, prediction.scored] > 0).all()
