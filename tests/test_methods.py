@@ -413,10 +413,8 @@ def test_swag_goes_on_from_the_posterior_it_is_given():
 
 
 def test_the_seed_of_swag_is_that_of_its_point_too():
-    model = classifier().prepare(tiny_reviews())
-    fit = lambda seed: lb.infer.swag(
-        model, tiny_reviews(), burn_in=2, snapshots=2, columns=1, every=1, seed=seed, **QUIET
-    )
+    model, options = classifier().prepare(tiny_reviews()), {"burn_in": 2, "snapshots": 2, "columns": 2, "every": 1}
+    fit = lambda seed: lb.infer.swag(model, tiny_reviews(), seed=seed, **options, **QUIET)
     means = [fit(seed).mean()["R"] for seed in (0, 0, 1)]
     assert torch.equal(means[0], means[1])
     assert not torch.allclose(means[0], means[2], atol=1e-6)
