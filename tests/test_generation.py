@@ -206,3 +206,26 @@ def test_every_prompt_keeps_its_last_word_whatever_the_first_ends_in():
     ended.eos_token_id = end
     found = generation._token_rows(["good film", "bad plot"], ended, ended=False)
     assert found == [plain("good film"), plain("bad plot")]
+
+
+def test_log_probabilities_are_of_the_averaged_distribution_whatever_it_is_sampled_by():
+    """One token, by independent draws: what temperature and top-k pick by is not what the token was worth."""
+    posterior, prompt = wide_posterior(tiny_llama()), torch.tensor([[2, 5, 7]])
+    options = {"draws": 3, "max_new_tokens": 1, "do_sample": True, "antithetic": False}
+    batch = {"input_ids": prompt, "attention_mask": torch.ones_like(prompt)}
+    tokens = []
+    for seed in range(6):
+        found = lb.generate(posterior, prompt, seed=seed, temperature=3.0, top_k=6, **options)
+        values = posterior.sample(3, seed=seed, antithetic=False)
+        with torch.no_grad():
+            each = [posterior.model.outputs(batch, {"R": value}, {}).logits[0, -1] for value in values["R"]]
+        mean = torch.stack(each).softmax(-1).mean(0)
+        tokens.append(int(found.sequences[0, -1]))
+        torch.testing.assert_close(found.log_probs[0, 0], mean[tokens[-1]].log(), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(found.entropy[0, 0], -(mean * mean.log()).sum(), atol=1e-4, rtol=1e-4)
+    assert len(set(tokens)) > 1
+    many = prompt.expand(50, -1)  # the same latents, so that the sampling alone differs
+    at_mean = [
+        lb.generate(posterior, many, at="mean", max_new_tokens=1, do_sample=True, seed=s).sequences for s in (0, 1)
+    ]
+    assert not torch.equal(*at_mean)

@@ -293,3 +293,15 @@ def test_the_evidence_says_what_it_is_conditional_on():
     data_made = lb.BayesianLoRA(network, lb.LoRAXS(2, lb.projections.Gradient()))
     assert _given(data_made) == "Conditional on a head that is a point and on a projection made from the data."
     assert _given(lb.BayesianLoRA(network, lb.LoRAXS(2), head="bayesian")) == ""
+
+
+def test_what_is_asked_of_a_report_is_what_its_parts_do(fitted, tmp_path):
+    data, posterior, _ = fitted
+    data = {role: data[role] for role in ("train", "test", "validation")}
+    options = {"draws": 6, "seed": 3, "progress": False}
+    written = lb.report({"one": posterior}, path=tmp_path / "page.md", evidence_draws=20, **data, **options)
+    bound = importance(posterior, data["train"], 20, seed=3, progress=False).elbo.value / 40
+    assert row(written.diagnosis, "ELBO per row").value == pytest.approx(bound, rel=1e-5)
+    prediction = lb.predict(posterior, data["test"], **options)
+    for value in (row(written.diagnosis, "NLL (").value, written.comparison.loc["one", "NLL"]):
+        assert value == pytest.approx(prediction.nll, rel=1e-5)
