@@ -16,7 +16,7 @@ from truth import posterior_at
 
 import pyro_lrblora as lb
 from pyro_lrblora.diagnostics.reference import against_reference
-from pyro_lrblora.diagnostics.spectra import effective_rank, from_draws
+from pyro_lrblora.diagnostics.spectra import effective_rank, eigenvalues, from_draws
 from pyro_lrblora.diagnostics.structure import structure
 from pyro_lrblora.evidence import importance
 from pyro_lrblora.guides.draws import Draws, DrawsGuide
@@ -266,3 +266,15 @@ def test_a_prior_without_a_variance_is_named():
     posterior = lb.Posterior(model, lb.guides.Diagonal()(model), lb.guides.Diagonal())
     assert "variance is infinite" in structure(posterior).note
     assert "infinite" not in structure(lb.Posterior(problem.model, posterior.guide, posterior.guide_spec)).note
+
+
+@pytest.mark.parametrize("draws", [12, 40])
+def test_the_effective_rank_of_a_sample_is_that_of_what_it_is_from(draws):
+    """Numerator and denominator are without bias: their means over many samples are those of the covariance."""
+    generator = torch.Generator().manual_seed(0)
+    sds = torch.tensor([3.0, 2.0, 1.0, 1.0, 0.5, 0.2], dtype=torch.float64)
+    samples = torch.randn(4000, draws, 6, generator=generator, dtype=torch.float64) * sds
+    ranks = torch.tensor([effective_rank(eigenvalues(torch.cov(each.T)), draws) for each in samples])
+    truth = float(sds.square().sum() ** 2 / sds.pow(4).sum())
+    # What is left is the bias of a ratio, of the order of 1 / draws; that of the trace would be as much again.
+    assert ranks.median().item() == pytest.approx(truth, rel=1.4 / draws)

@@ -364,6 +364,16 @@ def test_the_picture_holds_the_history_and_drops_what_is_missing():
         training_curves(training(planted([])))
 
 
+def test_the_noise_is_of_the_fits_own_estimator():
+    """Four draws a step halve it, and draws in mirrored pairs have none where the gradient is linear in them."""
+    noise = {}
+    for name, settings in {"one": {}, "four": {"particles": 4}, "pair": {"particles": 2, "antithetic": True}}.items():
+        problem, posterior = at_the_optimum(kl="closed", **settings)
+        noise[name] = gradient_noise(posterior, problem.batches(24), batches=400).table.loc["loc", "noise"]
+    assert noise["four"] / noise["one"] == pytest.approx(0.5, rel=0.1)
+    assert noise["pair"] < 1e-3 * noise["one"]
+
+
 def test_the_signal_is_free_of_the_noise_of_few_batches():
     """Over many measurements the squared signal is that of the whole data's gradient, however few batches each has."""
     problem, posterior = at_the_optimum()
