@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,10 +14,13 @@ from test_evidence import exact, posterior_at
 import pyro_lrblora as lb
 from pyro_lrblora.diagnostics import against_votes, calibration, gradient_noise, structure
 from pyro_lrblora.diagnostics.diagnose import _temperature
+from pyro_lrblora.diagnostics.label_rules import _inside
+from pyro_lrblora.diagnostics.prediction_rules import _calibration
 from pyro_lrblora.diagnostics.verdicts import verdicts
 from pyro_lrblora.evidence import importance
 from pyro_lrblora.formatting import shown
 from pyro_lrblora.guides.draws import Draws, DrawsGuide
+from pyro_lrblora.report.sections import unsure
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -305,3 +309,49 @@ def test_what_is_asked_of_a_report_is_what_its_parts_do(fitted, tmp_path):
     prediction = lb.predict(posterior, data["test"], **options)
     for value in (row(written.diagnosis, "NLL (").value, written.comparison.loc["one", "NLL"]):
         assert value == pytest.approx(prediction.nll, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("confidence", "accuracy", "word"), [(0.99, 0.7, "overconfident"), (0.55, 0.9, "underconfident")]
+)
+def test_probabilities_that_are_off_are_called_what_they_are(confidence, accuracy, word):
+    rows = 400
+    probs = torch.tensor([confidence, 1 - confidence]).expand(rows, 2)
+    labels = (torch.arange(rows) >= accuracy * rows).long()
+    found = calibration(probs, labels)
+    prediction = lb.predictions.Prediction(probs.log().unsqueeze(0), labels)
+    (_, value, _, verdict, meaning, advice), *_ = _calibration(
+        SimpleNamespace(calibration=found, prediction=prediction)
+    )
+    assert value == pytest.approx(abs(confidence - accuracy), abs=1e-3)
+    assert verdict == "bad"
+    assert f": {word}" in meaning
+    assert ("widen the posterior" if word == "overconfident" else "the posterior is too wide") in advice
+
+
+@pytest.mark.parametrize(("share", "word"), [(0.7, "narrow"), (0.99, "wide")])
+def test_intervals_that_are_off_are_called_what_they_are(share, word):
+    intervals = SimpleNamespace(coverage=share, coverage_right=(0.85, 0.95), pit=torch.zeros(50))
+    (*_, advice), *_ = _inside(SimpleNamespace(intervals=intervals))
+    assert f"too {word}:" in advice
+
+
+def test_the_rows_shown_as_unsure_are_the_least_sure():
+    """Numbers by their sd, texts by their NLL per token, the worst first."""
+    generator = torch.Generator().manual_seed(0)
+    numbers = lb.NumberPrediction(torch.zeros(2, 30), torch.rand(30, generator=generator).expand(2, 30), None)
+    shown = next(unsure(SimpleNamespace(prediction=numbers), None)).frame
+    assert shown.index[0] == int(numbers.sd.argmax())
+    log_probs = -torch.rand(2, 30, 4, generator=generator)
+    texts = lb.predictions.TokenPrediction(log_probs, torch.zeros(2, 30, 4), torch.ones(30, 4, dtype=torch.bool))
+    shown = next(unsure(SimpleNamespace(prediction=texts), None)).frame
+    assert shown["NLL per token"].is_monotonic_decreasing
+    assert shown["NLL per token"].iloc[0] == pytest.approx(float(-texts.log_probs.mean(-1).min()), rel=1e-5)
+
+
+def test_a_posterior_that_is_its_prior_has_learned_nothing(fitted):
+    data, posterior, _ = fitted
+    guide, still = lb.guides.Diagonal(start_scale=1.0), lb.Rates(0, 0, 0, 0)
+    prior = lb.fit(posterior.model, data["train"], guide=guide, steps=1, rates=still, warm_start=False, progress=False)
+    found = row(lb.diagnose(prior, data["test"], draws=4), "modules that learned nothing")
+    assert (found.value, found.verdict) == (1.0, "bad")

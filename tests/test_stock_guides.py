@@ -64,3 +64,13 @@ def test_a_partial_of_a_stock_class_starts_as_the_class_does():
         torch.testing.assert_close(posterior.mean()["R"], point.mean()["R"])
     torch.testing.assert_close(named.covariance().variance, plain.covariance().variance)
     torch.testing.assert_close(wide.covariance().variance, torch.full_like(wide.covariance().variance, 9.0))
+
+
+def test_the_seed_counts_under_a_prior_whose_median_is_drawn():
+    model = lb.BayesianLoRA(tiny_bert(), lb.LoRAXS(2), lb.priors.RegularisedHorseshoe(0.1)).prepare(token_batches())
+    first, same, other = (
+        lb.fit(model, token_batches(), guide=AutoNormal, epochs=1, seed=seed, progress=False).mean()["R"]
+        for seed in (0, 0, 1)
+    )
+    assert torch.equal(first, same)
+    assert not torch.allclose(first, other, atol=1e-6)
