@@ -84,7 +84,7 @@ def load_splits(
 
 
 def _with_classes(splits: dict[str, datasets.Dataset]) -> dict[str, datasets.Dataset]:
-    is_text = lambda rows: (rows.features.get("label") or datasets.Value("null")).dtype in ("string", "large_string")
+    is_text = lambda rows: getattr(rows.features.get("label"), "dtype", None) in ("string", "large_string")
     texts = {name: rows for name, rows in splits.items() if is_text(rows)}
     names = sorted({label for rows in texts.values() for label in rows.unique("label") if label})
     as_class = lambda row: {"label": names.index(row["label"]) if row["label"] else -1}

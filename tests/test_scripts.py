@@ -123,6 +123,8 @@ def test_labels_that_are_texts_are_classes_alike_in_all_splits(script, tmp_path)
     with pytest.raises(SystemExit, match="got -1; write .* drop rows without a label"):
         scripts.count_classes(unlabelled)
     assert set(scripts.load_splits(str(tmp_path), 16, 4, 9, 0)[2]["label"]) == {"pos", "neg"}  # other tasks' own
+    lists = {"rows": datasets.Dataset.from_dict({"text": ["a", "b"], "label": [[0, 1], [1]]})}
+    assert scripts._with_classes(lists) == lists
 
 
 def test_a_folder_or_file_without_rows_is_one_message(script, tmp_path):

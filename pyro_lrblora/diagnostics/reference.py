@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pandas as pd
 import torch
 from torch import Tensor
 
 from ..guides.draws import DrawsGuide
-from ..infer.start import prior_sites, same_tensors
+from ..infer.start import same_tensors
 from ..model import BayesianLoRA
 from ..posterior import Posterior
 from ..predictive import predict
@@ -190,11 +190,12 @@ def _check(posterior: Posterior, reference: Posterior, projections: int) -> None
             "expected posterior and reference in the same subspace, got other A and B; fit both from one "
             "model.prepare(train)"
         )
-    if not _same_prior(posterior.model, reference.model):
-        priors = [f"{model.prior!r}{_learned(model)}" for model in (posterior.model, reference.model)]
+    priors = [_prior(each.model) for each in (posterior, reference)]
+    first, second = map(describe, priors)
+    if first != second and "own" not in first.keys() & second.keys():  # whose repr may hold an address
         raise ValueError(
-            f"expected posterior and reference under the same prior, got {priors[0]} and {priors[1]}; fit the "
-            "reference to model.with_prior(...), a fixed one with the scale that was learned"
+            f"expected posterior and reference under the same prior, got {priors[0]!r} and {priors[1]!r}; fit the "
+            f"reference to model.with_prior({priors[0]!r})"
         )
     heads = [_head(each) for each in (posterior, reference)]
     if not same_tensors(*heads):
@@ -205,25 +206,12 @@ def _check(posterior: Posterior, reference: Posterior, projections: int) -> None
         )
 
 
-def _same_prior(ours: BayesianLoRA, theirs: BayesianLoRA) -> bool:
-    """Whether the latents have one prior; a learned one is as wide as a fit has left it."""
-    if ours.learned_scale is None and theirs.learned_scale is None:
-        first, second = describe(ours.prior), describe(theirs.prior)
-        return first == second or "own" in first.keys() & second.keys()  # whose repr may hold an address
-    pairs = zip(*(prior_sites(model)[0].values() for model in (ours, theirs)), strict=True)
-    alike = lambda p, q: torch.allclose(p.variance.expand(p.shape()), q.variance.expand(q.shape()), rtol=0.02)
-    return all(type(_base(p)) is type(_base(q)) and alike(p, q) for p, q in pairs)
-
-
-def _base(distribution):
-    """What an Independent or expanded distribution is made of."""
-    while hasattr(distribution, "base_dist"):
-        distribution = distribution.base_dist
-    return distribution
-
-
-def _learned(model: BayesianLoRA) -> str:
-    return "" if model.learned_scale is None else f" learned to be {model.learned_scale.current.tolist()}"
+def _prior(model: BayesianLoRA):
+    """The prior, a learned one with the scale that a fit has left it."""
+    if model.learned_scale is None:
+        return model.prior
+    scale = model.learned_scale.current.tolist()
+    return replace(model.prior.prior, scale=tuple(scale) if isinstance(scale, list) else scale)
 
 
 def _head(posterior: Posterior) -> dict[str, Tensor]:

@@ -51,17 +51,17 @@ def added_precision(values: Tensor, draws: float | None) -> tuple[Tensor, float]
         draws: that the sample is of, more than D + 4; None where C is known.
     """
     size, inverse = len(values), 1 / values.clamp(min=1e-12)
-    if draws is None:
-        added = (inverse - 1).clamp(min=0).flip(0)
+    left = None if draws is None else draws - 2 - size  # degrees of freedom beyond the least
+    if left is not None:
+        inverse = inverse * left / (draws - 1)
+    added = (inverse - 1).clamp(min=0).flip(0)
+    if left is None:
         return added, effective_rank(added, None)
-    n, a = draws - 1, draws - 1 - size
-    inverse = (a - 1) / n * inverse
-    scale = a * (a - 3) / (a - 1)
-    first, second = scale * inverse.square().sum() / (a * (a - 3)), scale * inverse.sum() ** 2 / (a * (a - 3))
-    square, trace_squared = (a - 2) * first - second, (a - 1) * second - 2 * first
-    top, bottom = trace_squared - 2 * size * inverse.sum() + size**2, square - 2 * inverse.sum() + size
-    rank = float((top / bottom).clamp(1, size)) if top > 0 and bottom > 0 else float("nan")
-    return (inverse - 1).clamp(min=0).flip(0), rank
+    trace, squares = inverse.sum(), inverse.square().sum()
+    # Of C^-1 without bias: tr(C^-1)^2 and tr(C^-2). Then those of M.
+    trace_squared, square = trace**2 - 2 * squares / left, ((left - 1) * squares - trace**2) / left
+    top, bottom = trace_squared - 2 * size * trace + size**2, square - 2 * trace + size
+    return added, float((top / bottom).clamp(1, size)) if top > 0 and bottom > 0 else float("nan")
 
 
 def share(values: np.ndarray, top: int) -> float:
