@@ -88,6 +88,9 @@ def test_class_names_come_from_the_data():
     assert model.class_names == ["negative", "positive"]
     given = lb.BayesianLoRA(tiny_bert(2), likelihood=lb.likelihoods.Categorical(class_names=["no", "yes"]))
     assert given.class_names == ["no", "yes"]
+    named = lb.BayesianLoRA(tiny_bert(3), likelihood=lb.likelihoods.Categorical(class_names=["no", "yes"]))
+    with pytest.raises(ValueError, match="expected 3 class names, got \\['no', 'yes'\\]"):
+        lb.fit(named, token_batches(), progress=False)
 
 
 def with_column(name, values):

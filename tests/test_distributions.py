@@ -161,6 +161,8 @@ def test_reshapes_to_a_site():
 def test_shapes_that_do_not_fit(family):
     with pytest.raises(ValueError, match="expected a factor of shape"):
         family(torch.zeros(3), torch.zeros(4, 2), torch.ones(3))
+    with pytest.raises(ValueError, match="expected a diagonal of shape"):
+        family(torch.zeros(3), torch.zeros(3, 2), torch.ones(1))
     with pytest.raises(ValueError):
         family(torch.zeros(3), torch.zeros(3, 2), -torch.ones(3), validate_args=True)
 

@@ -158,6 +158,13 @@ def test_bad_requests_are_refused(options, message):
         lb.generate(posterior, **({"prompts": "good"} | options))
 
 
+def test_strings_that_a_network_itself_stops_at_are_refused_too():
+    posterior = wide_posterior(tiny_llama())
+    posterior.model.network.generation_config.stop_strings = ["."]
+    with pytest.raises(ValueError, match="write eos_token_id="):
+        lb.generate(posterior, "good")
+
+
 def test_the_tokens_allowed_are_those_of_the_prompt():
     """The function is asked by the prompt's number, whatever the draws."""
     posterior = wide_posterior(tiny_llama())

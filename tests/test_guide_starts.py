@@ -213,6 +213,13 @@ def kronecker_kl(precision, row_root, column_root):
     return 0.5 * (precision * covariance).sum() - half_log_det
 
 
+@pytest.mark.parametrize("spread", [0.1, 0.5])
+def test_components_of_a_mixture_start_as_far_apart_as_asked_for(problem, spread):
+    guide = G.Mixture(200, spread=spread)(problem.model)
+    sd = guide.distribution().loc.std(0)
+    torch.testing.assert_close(sd, torch.full_like(sd, spread * 0.7), rtol=0.2, atol=0)
+
+
 @pytest.mark.parametrize(("rows", "columns", "rank"), [(3, 3, 2), (4, 2, 8), (2, 5, 3)])
 def test_kronecker_roots_reach_the_least_kl(rows, columns, rank):
     size = rows * columns

@@ -241,6 +241,14 @@ def test_normal_priors_of_another_density(prior, found):
         lb.infer.laplace(model, None)
 
 
+def test_a_prior_that_shows_only_in_a_subspace_is_refused_once_there_is_one():
+    model = lb.BayesianLoRA(
+        tiny_bert(), lb.LoRAXS(2, lb.projections.Gradient()), pyro.poutine.scale(lb.priors.Normal(0.1), scale=4.0)
+    )
+    with pytest.raises(ValueError, match="expected a Normal prior for a Laplace approximation, got .*poutine.scale"):
+        lb.infer.laplace(model, token_batches(16), steps=1, progress=False)
+
+
 def test_bad_arguments(point):
     with pytest.raises(ValueError, match="got 'bayesian'"):
         lb.infer.laplace(classifier(head="bayesian"), token_batches(24))

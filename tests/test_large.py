@@ -12,6 +12,7 @@ from torch import nn
 import pyro_lrblora as lb
 from pyro_lrblora.adapters.rows import mixing_modules
 from pyro_lrblora.adapters.targets import base_weight, find_targets, stored_parameters, weight_shape
+from pyro_lrblora.head import FixedHead, head_parameters
 from pyro_lrblora.infer.step import gradient_scaler, step
 from pyro_lrblora.projections import DCT, SVD, Gradient, Random
 
@@ -364,6 +365,14 @@ def test_a_cached_subspace_is_found_again_and_nothing_else_is(projection, tmp_pa
     calls = count.calls
     tensors(data=token_batches(32, seed=5))
     assert count.calls == calls + (0 if projection.statistics is None else 8)
+    # So are another head and another likelihood.
+    own = {name: value.detach() for name, value in head_parameters(tiny_bert()).items()}
+    named = lb.likelihoods.Categorical(class_names=("a", "b", "c"))
+    heads = [FixedHead({name: value + shift for name, value in own.items()}) for shift in (0.1, 0.2)]
+    for other in ({"head": heads[0]}, {"head": heads[1]}, {"likelihood": named}):
+        calls = count.calls
+        tensors(**other)
+        assert count.calls == calls + (0 if projection.statistics is None else 8)
     # A weight that is not adapted changes gradients, and not the weights.
     network, calls = tiny_bert(), count.calls
     with torch.no_grad():

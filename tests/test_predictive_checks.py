@@ -45,6 +45,27 @@ def test_labels_drawn_from_the_probabilities_are_calibrated_and_sharper_ones_are
     assert bad.outside > 0.5
 
 
+def test_the_error_is_of_as_many_bins_as_asked_for():
+    prediction = drawn()
+    for bins in (5, 40):
+        found = calibration(prediction.probs, prediction.labels, bins=bins, simulations=20)
+        assert found.bins == bins
+        for kind in ("width", "mass", "class"):
+            wanted = metrics.ece(prediction.probs, prediction.labels, bins, kind)
+            assert found.errors.loc[kind, "value"] == pytest.approx(wanted)
+
+
+def test_the_interval_of_an_error_holds_the_true_one():
+    """Two classes right less often than they say, by .05: the true error, which resampling alone overstates."""
+    generator, inside = np.random.default_rng(0), []
+    for _ in range(40):
+        confidence = generator.uniform(0.6, 1.0, 200)
+        labels = (generator.uniform(size=200) > confidence - 0.05).astype(int)
+        found = calibration(np.stack([confidence, 1 - confidence], 1), labels, simulations=40).errors.loc["width"]
+        inside.append([found["low"] <= 0.05, found["high"] >= 0.05])
+    assert (np.mean(inside, 0) > 0.75).all()
+
+
 @pytest.mark.parametrize("hits", range(25, 40))
 def test_a_value_at_the_threshold_is_one_that_chance_gives(hits):
     """Of few rows whose probabilities are all the same the error takes few values."""
@@ -124,6 +145,13 @@ def test_rows_of_another_kind_by_brute_force():
 # --- selection and draws
 
 
+@pytest.mark.parametrize("other", [{"draws": 8}, {"classes": 4}])
+def test_rows_of_another_kind_have_the_same_draws_and_classes(other):
+    with pytest.raises(ValueError, match="same draws and classes"):
+        out_of_distribution(drawn(), drawn(**other))
+    assert len(out_of_distribution(drawn(), drawn(rows=7))) == 4
+
+
 def test_the_risk_coverage_curve_by_brute_force():
     prediction = drawn(rows=50)
     found = risk_coverage(prediction.probs, prediction.labels)
@@ -162,6 +190,15 @@ def test_mirrored_draws_are_judged_in_pairs():
     pairs = draws_sweep(Prediction(centre + mirrored, labels), sizes=[8, 64], repeats=60)
     free = draws_sweep(Prediction(centre + mirrored[torch.randperm(64)], labels), sizes=[8, 64], repeats=60)
     assert pairs.table.loc[8, "NLL SE"] < 0.6 * free.table.loc[8, "NLL SE"]
+
+
+@pytest.mark.parametrize("rows", [20, 20000])
+def test_the_tolerance_is_the_smaller_of_a_share_and_the_rows_own_error(rows):
+    prediction = drawn(rows=rows, draws=2)
+    nll = prediction.losses()["NLL"]
+    limits = {"share": 0.01 * nll.mean(), "rows": nll.std(ddof=1) / rows**0.5}
+    assert min(limits, key=limits.get) == ("share" if rows == 20 else "rows")
+    assert draws_sweep(prediction, repeats=2).tolerance == pytest.approx(min(limits.values()))
 
 
 def test_draws_that_are_all_the_same_are_enough_at_one():

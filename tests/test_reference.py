@@ -84,6 +84,17 @@ def test_correlations_removed_are_their_root_mean_square(problem, truth):
     assert found.log_sd_ratio.abs().max() < NOISE
 
 
+def test_a_shift_along_one_latent_is_seen_by_as_many_directions_as_asked_for(problem, truth):
+    """Along a random direction u the shift is u_1: few directions see another share of it than its expectation."""
+    mean, covariance, sd, _ = moments(problem)
+    shift = torch.zeros_like(mean).index_fill(0, torch.tensor([0]), 3.0)
+    of = lambda **options: beside(problem, truth, mean + shift * sd, covariance, **options).sliced_wasserstein
+    expected = 3 / len(mean) ** 0.5
+    assert of(projections=2000) == pytest.approx(expected, rel=0.05)
+    spread = torch.tensor([of(projections=1, seed=seed) for seed in range(12)]).std()
+    assert spread > 0.2
+
+
 def test_sliced_wasserstein_is_that_of_two_gaussians(problem, truth):
     """Along a direction, W2^2 = (difference of means)^2 + (difference of sds)^2."""
     mean, covariance, sd, correlation = moments(problem)

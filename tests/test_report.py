@@ -14,8 +14,9 @@ from test_evidence import exact, posterior_at
 import pyro_lrblora as lb
 from pyro_lrblora.diagnostics import against_votes, calibration, gradient_noise, structure
 from pyro_lrblora.diagnostics.diagnose import _temperature
+from pyro_lrblora.diagnostics.findings import against_simpler
 from pyro_lrblora.diagnostics.label_rules import _inside
-from pyro_lrblora.diagnostics.prediction_rules import _calibration
+from pyro_lrblora.diagnostics.prediction_rules import _calibration, against_mean
 from pyro_lrblora.diagnostics.verdicts import verdicts
 from pyro_lrblora.evidence import importance
 from pyro_lrblora.formatting import shown
@@ -355,3 +356,41 @@ def test_a_posterior_that_is_its_prior_has_learned_nothing(fitted):
     prior = lb.fit(posterior.model, data["train"], guide=guide, steps=1, rates=still, warm_start=False, progress=False)
     found = row(lb.diagnose(prior, data["test"], draws=4), "modules that learned nothing")
     assert (found.value, found.verdict) == (1.0, "bad")
+
+
+@pytest.mark.parametrize(("shift", "verdict"), [(-3.0, "warning"), (0.0, "good"), (3.0, "warning")])
+def test_a_gap_between_left_out_and_test_rows_is_told_in_either_direction(fitted, shift, verdict):
+    data, posterior, _ = fitted
+    findings = lb.diagnose(posterior, data["test"], train=data["train"], draws=4).findings
+    planted = replace(findings, loo=replace(findings.loo, elpd=findings.loo.elpd + shift))
+    check = next(each for each in verdicts(planted) if each.check.startswith("LOO per row - test"))
+    assert check.verdict == verdict
+
+
+def against_the_mean(gain, noise):
+    """The check of draws that are worse than the mean by `gain` nats on average, give or take `noise`, on 400 rows."""
+    right = torch.full((400,), 0.5).log()
+    other = torch.where(torch.arange(400) % 2 == 0, noise, -noise)
+    both = [torch.stack([each, torch.log1p(-each.exp())], 1) for each in (right - gain - other, right)]
+    draws, mean = (lb.predictions.Prediction(each.unsqueeze(0), torch.zeros(400).long()) for each in both)
+    return next(against_mean(SimpleNamespace(prediction=draws, at_mean=mean)))
+
+
+@pytest.mark.parametrize(
+    ("gain", "noise", "verdict"),
+    [(0.004, 0.0, "good"), (0.006, 0.0, "warning"), (0.02, 0.3, "good"), (0.04, 0.3, "warning"), (-0.1, 0.0, "good")],
+)
+def test_draws_hurt_where_their_loss_is_neither_chance_nor_nothing(gain, noise, verdict):
+    """Two standard errors of the paired differences are 0.03 where the noise is 0.3 nats."""
+    _, value, _, found, *_ = against_the_mean(gain, noise)
+    assert value == pytest.approx(gain, abs=1e-5)
+    assert found == verdict
+
+
+def test_losses_are_compared_in_pairs():
+    """Losses that vary by 1 nat from row to row and are always 0.01 below those of a simpler model."""
+    losses = torch.linspace(0, 3, 100).double().numpy()
+    value, base, limit, verdict = against_simpler(losses, losses + 0.01)
+    assert verdict == "good"
+    assert limit == pytest.approx(base)
+    assert base - value == pytest.approx(0.01)

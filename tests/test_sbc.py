@@ -237,6 +237,14 @@ def test_fits_that_fail_are_counted_and_named():
     assert "ScalesNotConverged 1" in result.note
 
 
+def test_chains_with_fewer_effective_draws_than_ranks_are_counted():
+    from pyro_lrblora.diagnostics.sbc import _note
+
+    records = [{"ess": ess} for ess in (50.0, 99.0, 99.5, 98.9)]
+    assert _note(records, 99).startswith("2 of 4 chains had fewer than 99 effective draws")
+    assert "chains" not in _note(records, 50)
+
+
 def test_when_every_fit_fails_it_says_why():
     def never(model, train, seed):
         raise ValueError("no such guide")

@@ -194,6 +194,14 @@ def test_shares_of_a_spectrum_from_draws_add_up_to_one(problem, monkeypatch):
     assert found.share(9) == pytest.approx(1)
 
 
+def test_what_is_from_draws_is_from_the_draws_of_its_seed(problem, monkeypatch):
+    monkeypatch.setattr(import_module("pyro_lrblora.diagnostics.structure"), "_DENSE", 17)
+    first, again, other = (structure(exact(problem), draws=10, seed=seed) for seed in (0, 0, 1))
+    for name in ("eigenvalues", "induced"):
+        assert np.array_equal(getattr(first, name), getattr(again, name))
+        assert not np.allclose(getattr(first, name), getattr(other, name))
+
+
 def test_a_point_has_no_variance_and_two_sites_per_module_work():
     model = lb.BayesianLoRA(tiny_bert(), lb.LoRA(2))
     point = lb.fit(model, token_batches(16), guide=lb.guides.Delta(), epochs=2, progress=False)

@@ -147,6 +147,29 @@ def test_prompts_are_read_and_not_scored():
         assert [WORDS[i - 2] for i in labels[labels != -100].tolist()] == row["text"].split()
 
 
+@pytest.mark.parametrize("prompt", [None, "prompt"])
+def test_an_end_of_text_is_added_and_can_be_left_out(prompt):
+    tokenizer = tiny_tokenizer()
+    tokenizer.eos_token = "[UNK]"
+    ended, open_ended = (lb.data.Texts(tiny_texts(), tokenizer, prompt=prompt, end=end) for end in (True, False))
+    for row, with_end, without in zip(tiny_texts(), ended.labels, open_ended.labels, strict=True):
+        own = [WORDS.index(word) + 2 for word in row["text"].split()]
+        assert with_end[with_end != -100].tolist() == [*own, tokenizer.eos_token_id]
+        assert without[without != -100].tolist() == own
+
+
+@pytest.mark.parametrize("longer", ["prompt", "text"])
+def test_a_row_of_a_decoder_is_as_long_as_the_longer_of_its_two_texts(longer):
+    short = "text" if longer == "prompt" else "prompt"
+    data = datasets.Dataset.from_dict({longer: ["good film bad", "good"], short: ["bad plot", "bad"]})
+    batches = lb.data.Texts(data, tiny_tokenizer(), prompt="prompt", decoder=tiny_t5())
+    assert batches.longest == 3
+    (batch,) = batches
+    of = {"prompt": batch["attention_mask"], "text": (batch["labels"] != -100).long()}
+    assert of[longer].tolist() == [[1, 1, 1], [1, 0, 0]]
+    assert of[short].tolist() == [[1, 1], [1, 0]]
+
+
 def test_sequence_to_sequence_is_the_loss_of_transformers():
     network, tokenizer = tiny_t5(), tiny_tokenizer()
     batches = lb.data.Texts(tiny_texts(), tokenizer, prompt="prompt", decoder=network, batch_size=5)

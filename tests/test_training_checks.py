@@ -6,7 +6,7 @@ import numpy as np
 import pyro
 import pytest
 import torch
-from conftest import LinearGaussian, tiny_bert, token_batches
+from conftest import LinearGaussian, tiny_bert, tiny_reviews, tiny_tokenizer, token_batches
 from hypothesis import given
 from hypothesis import strategies as st
 from truth import two_layer_problem
@@ -169,6 +169,34 @@ def test_the_worst_member_of_an_ensemble_counts():
     assert found.gain == training(bad).gain
 
 
+ASCENDING = [
+    lambda: planted(flat),
+    lambda: planted(flat[:3]),
+    lambda: planted(flat, nll=overfitting),
+    lambda: planted(rising),
+    lambda: planted(rising[::-1]),
+    lambda: planted([*flat[:19], float("nan")]),
+]
+
+
+@pytest.mark.parametrize("better", range(len(ASCENDING) - 1))
+def test_verdicts_are_ordered_from_what_is_fine_to_what_is_broken(better):
+    pair = [ASCENDING[better](), ASCENDING[better + 1]()]
+    alone = [training(fit).verdict for fit in pair]
+    for order in (pair, pair[::-1]):
+        history = [{"member": m, **row} for m, fit in enumerate(order) for row in fit.history]
+        settings = {"method": "ensemble", "member": pair[0].settings}
+        found = training(lb.Posterior(pair[0].model, pair[0].guide, pair[0].guide_spec, history, settings))
+        assert found.verdict == alone[1] != alone[0]
+
+
+def test_a_fit_counted_in_steps_has_spent_what_those_steps_say():
+    # 20 epochs of 10 steps of a cosine over 400: the integral of its first half, over the 10 steps of an epoch.
+    settings = {**CONSTANT, "schedule": "cosine", "steps": 400}
+    spent = training(planted(flat, settings=settings)).curve["spent"].iloc[-1]
+    assert spent == pytest.approx(40 * (0.25 + 0.5 / np.pi), rel=0.01)
+
+
 def test_a_history_without_elbo_degrades_with_its_reason():
     posterior = planted([])
     assert "no ELBO" in training(posterior).reason
@@ -310,6 +338,14 @@ def test_small_batches_are_noisier():
     full = gradient_noise(posterior, problem.batches(24), batches=200).table
     small = gradient_noise(posterior, problem.batches(3), batches=200).table
     assert small.loc["loc", "noise"] > 2 * full.loc["loc", "noise"]
+
+
+def test_the_noise_is_of_batches_as_large_as_asked_for():
+    model = lb.BayesianLoRA(tiny_bert(), lb.LoRAXS(2), lb.priors.Normal(0.5), tokenizer=tiny_tokenizer())
+    posterior = lb.fit(model, tiny_reviews(), guide=lb.guides.Delta(), epochs=1, batch_size=20, progress=False)
+    noise = lambda size: gradient_noise(posterior, tiny_reviews(), 24, batch_size=size).table.loc["loc", "noise"]
+    assert noise(20) == noise(None)
+    assert noise(2) > 1.5 * noise(20)
 
 
 @pytest.mark.filterwarnings("ignore::pyro_lrblora.ScalesNotConverged")
