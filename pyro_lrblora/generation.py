@@ -15,6 +15,7 @@ from .counts import check_counts
 from .data.texts import without_end
 from .posterior import Posterior, local_parameters
 
+_DRAWS = 8
 _OURS = {"return_dict_in_generate", "logits_processor", "max_length", "generation_config"}
 _WARPERS = {"min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "top_h"}
 
@@ -25,7 +26,7 @@ def generate(
     posterior: Posterior,
     prompts: str | Sequence[str] | Sequence[Sequence[int]] | Mapping | Tensor,
     *,
-    draws: int = 8,
+    draws: int | None = None,
     at: str | None = None,
     max_new_tokens: int = 32,
     do_sample: bool = False,
@@ -47,7 +48,7 @@ def generate(
         posterior: of a causal or sequence-to-sequence language model.
         prompts: texts; or token ids without padding, (B, T) or a list for each; or what a tokenizer made of texts,
             padded on either side.
-        draws: S, at least 1.
+        draws: S, at least 1; None is 8, or of an ensemble as in predict.
         at: "mean" takes the posterior mean instead.
         max_new_tokens: tokens added at most.
         do_sample: draw each token from the averaged distribution; False takes its most probable one.
@@ -66,6 +67,7 @@ def generate(
     model = posterior.model
     tokenizer = tokenizer or model.tokenizer
     network = getattr(model.network, "language_model", model.network)
+    draws = posterior.balanced_draws(_DRAWS) if draws is None else draws
     check_counts(draws=draws)
     if at not in (None, "mean"):
         raise ValueError(f"expected at='mean' or at=None, got at={at!r}")

@@ -17,6 +17,7 @@ from .passes import watched
 from .posterior import Posterior, local_parameters
 from .predictions import NumberPrediction, Prediction, TokenPrediction
 
+_DRAWS = 32
 _FOLDED_ROWS = 512
 _METHODS = ["monte_carlo", "linearised", "probit"]
 
@@ -27,7 +28,7 @@ def predict(
     posterior: Posterior,
     data,
     *,
-    draws: int = 32,
+    draws: int | None = None,
     at: str | None = None,
     method: str = "monte_carlo",
     seed: int = 0,
@@ -45,7 +46,8 @@ def predict(
     Args:
         posterior: what a fit returned.
         data: a datasets.Dataset, Batches, or a re-iterable of batch dicts; labels are optional.
-        draws: S, at least 1; those of a point are one forward, repeated.
+        draws: S, at least 1; None is 32, or of an ensemble the least number from there on by which its members count
+            alike, of points once each. Those of a lone point are one forward, repeated.
         at: "mean" predicts once, at the posterior mean.
         method: "monte_carlo" runs the network once per draw; "linearised" once in all and back once per class, and
             draws logits from their normal distribution; "probit" needs no draws beside that (one set of logits). The
@@ -74,6 +76,8 @@ def predict(
         raise ValueError(f"expected at='mean' or at=None, got at={at!r}")
     if not isinstance(posterior, Posterior):
         raise TypeError(f"expected a posterior, what lb.fit returned, got {type(posterior).__name__}")
+    if draws is None:
+        draws = _DRAWS if posterior.is_point else posterior.balanced_draws(_DRAWS)
     check_counts(draws=draws, fold=1 if fold is None else fold)
     if method not in _METHODS or (at and method != "monte_carlo"):
         raise ValueError(f"expected method to be one of {_METHODS}, and no at= with the last two, got {method!r}")

@@ -208,6 +208,7 @@ def test_an_ensemble_is_predicted_by_all_its_members(fitted, tmp_path):
         posterior.model, data["train"], members=3, guide=lb.guides.Diagonal(), epochs=1, progress=False
     )
     assert (points.balanced_draws(10), wide.balanced_draws(10), posterior.balanced_draws(10)) == (3, 12, 10)
+    assert [len(lb.predict(each, data["test"]).logits) for each in (points, wide, posterior)] == [3, 33, 32]
 
 
 def test_a_name_is_no_mathematics(fitted, tmp_path):
