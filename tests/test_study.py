@@ -121,7 +121,7 @@ def test_a_study_from_tuning_to_tables_that_goes_on(script, shared, tmp_path, ca
     command += ["--methods", "LoRA", "LowRankPrecision", "--variations", "default", "K = 2"]
     study.main([*command, "--stages", "tune", "defaults"])
     tuned = lines(tmp_path)
-    assert len(tuned) == 3 + 3 + 2
+    assert len(tuned) == 4 + 4 + 2
     for run in tuned:
         wanted = {"validation", "judged", "losses"}
         assert all(set(row) == wanted for name, row in run["rows"].items() if name != "fit")
@@ -165,6 +165,19 @@ def test_spectra_of_a_full_matrix_and_of_a_chain(script, shared, capsys):
     assert "sst2, NUTS, r = 1" in printed
 
 
+def test_what_a_scale_means_for_the_logits_is_linear_where_it_is_small(script, shared, capsys):
+    command = ["--data", str(shared / "data"), "--tasks", "sst2", "--frozen-layers", "5", "--rows", "24"]
+    command += ["--validation-rows", "16", "--max-length", "24", "--draws", "4", "--scales", "0.03", "0.06"]
+    found = script("prior_scale")
+    found.ADAPTERS = {name: found.ADAPTERS[name] for name in ("Gradient, r = 8", "SVD, r = 8")}
+    found.main(command)
+    rows = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines() if "sst2" in line]
+    assert [row[2].strip() for row in rows] == list(found.ADAPTERS)
+    small, double = (float(value) for value in rows[0][3:])
+    assert double == pytest.approx(2 * small, rel=0.15)
+    assert small > 5 * float(rows[1][4])
+
+
 def test_the_documented_tables_are_those_of_the_lines(script, tmp_path):
     results, rows = ROOT / "docs" / "results", set()
     for name in ("study", "study_rte_arc"):
@@ -202,8 +215,8 @@ def test_values_are_chosen_by_the_mean_over_seeds_and_tasks_at_the_rows_and_laye
     assert tuning.chosen(runs + deeper, "LoRA", methods, 100, 0) == 3e-4
     assert tuning.chosen(runs + deeper, "LoRA", methods, 100, 4) == 1e-3
     assert tuning.chosen(runs, "LoRA", methods, 100, 0) == 1e-3  # none made with as many layers
-    assert tuning.chosen(runs, "BLoB-like", methods, 100, 4) == methods["BLoB-like"].grid[1]
-    assert tuning.chosen([], "LoRA", methods, 100, 4) == methods["LoRA"].grid[1]
+    assert tuning.chosen(runs, "BLoB-like", methods, 100, 4) == methods["BLoB-like"].grid[2]
+    assert tuning.chosen([], "LoRA", methods, 100, 4) == methods["LoRA"].grid[2]
 
 
 def test_paired_differences_against_brute_force(script):

@@ -1,4 +1,4 @@
-"""The study's methods: how each is fitted, and the one setting of each that is tuned, among three values."""
+"""The study's methods: how each is fitted, and the one setting of each that is tuned, among four values."""
 
 from __future__ import annotations
 
@@ -90,8 +90,9 @@ class Fits:
 
 LORA = lb.LoRA(8, "all-linear", alpha=16)
 LORA_XS = lb.LoRAXS(8, lb.projections.SVD(absorb_singular_values=True), "all-linear")
-LORA_RATES, XS_RATES = (3e-4, 1e-3, 3e-3), (1e-3, 3e-3, 1e-2)
-PRIOR_SCALES = (0.05, 0.1, 0.2)
+# Three values each, and then one beyond the end that was best of them (where none was, beyond the upper one).
+LORA_RATES, XS_RATES = (1e-4, 3e-4, 1e-3, 3e-3), (3e-4, 1e-3, 3e-3, 1e-2)
+PRIOR_SCALES = (0.05, 0.1, 0.2, 0.4)
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ class Method:
     Args:
         fit: from the fits of a problem and the tuned value.
         tunes: what the value is.
-        grid: the three values that are tried on the development tasks.
+        grid: the four values that are tried on the development tasks.
         predict: the method of lb.predict.
         tuned_as: the method whose value is taken, for a method that only adds to that one's fit.
     """
@@ -169,14 +170,14 @@ METHODS = {
             fits.model(LORA), fits.problem.train, rate=rate, rates=lb.Rates(loc=1e-3), **fits.options()
         ),
         "share dropped",
-        (0.05, 0.1, 0.2),
+        (0.05, 0.1, 0.2, 0.4),
     ),
-    "BLoB-like": Method(blob, "prior scale", (0.2, 0.5, 1.0)),
-    "SWAG-LoRA": Method(swag(LORA, 1e-3), "rate", LORA_RATES),
+    "BLoB-like": Method(blob, "prior scale", (0.2, 0.5, 1.0, 2.0)),
+    "SWAG-LoRA": Method(swag(LORA, 1e-3), "rate", (3e-4, 1e-3, 3e-3, 1e-2)),
     "Laplace-LoRA": Method(laplace(LORA, 1e-3), "prior scale", PRIOR_SCALES, predict="linearised"),
     "LoRA-XS": Method(lambda fits, rate: fits.point(LORA_XS, rate), "rate", XS_RATES),
     "LR-BLoRA": Method(swag(LORA_XS, 3e-3), "rate", XS_RATES),
-    "L-LoRA-XS": Method(laplace(LORA_XS, 3e-3), "prior scale", PRIOR_SCALES, predict="linearised"),
+    "L-LoRA-XS": Method(laplace(LORA_XS, 3e-3), "prior scale", (0.025, 0.05, 0.1, 0.2), predict="linearised"),
     "Diagonal": ours(G.Diagonal()),
     "LowRank": ours(G.LowRank(10)),
     "LowRankPrecision": ours(G.LowRankPrecision(10)),
@@ -198,6 +199,10 @@ VARIATIONS = (
         "projection SVD": replace(DEFAULT, projection=lb.projections.SVD()),
         "projection WhitenedSVD": replace(DEFAULT, projection=lb.projections.WhitenedSVD()),
         "projection Random": replace(DEFAULT, projection=lb.projections.Random()),
+        # Moving R in the singular vectors of W0 moves the logits far less than moving it in those of the gradient.
+        "projection SVD, prior scale 1, loc rate x 10": replace(
+            DEFAULT, projection=lb.projections.SVD(), scale=1.0, options=(("rates", lb.Rates(loc=5e-2)),)
+        ),
         "projection Gradient, label-free": replace(DEFAULT, projection=lb.projections.Gradient(label_free=True)),
     }
     | {f"r = {rank}": replace(DEFAULT, rank=rank) for rank in (2, 4, 16)}

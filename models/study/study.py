@@ -3,7 +3,7 @@
 python models/study/study.py --data FOLDER --out out/study              all stages; goes on where it was cut off
 python models/study/study.py --data FOLDER --out out/study --small      one row of the table in minutes
 
-Three stages. "tune": every method's one setting, among three values, by its NLL on further rows of the training split
+Three stages. "tune": every method's one setting, among four values, by its NLL on further rows of the training split
 (judged rows) of the development tasks, with seeds that no table has. "defaults": this library's configuration with one
 thing changed, likewise. "scores": every method with its tuned value on every task and seed, the test rows looked at for
 the first time.

@@ -205,7 +205,7 @@ def _wide(table: pd.DataFrame) -> str:
         best = values.idxmin()
         rows[method] = ", ".join(
             (f"**{value:g}: {nll:.3f}**" if (method, value) == best else f"{value:g}: {nll:.3f}")
-            for (_, value), nll in values.items()
+            for (_, value), nll in values.sort_index().items()
         )
     return pd.Series(rows, name="value: NLL").to_markdown(colalign=("left", "right"))
 

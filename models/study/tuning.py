@@ -20,7 +20,7 @@ def chosen(finished: Sequence[Mapping], name: str, methods: Mapping, rows: int, 
             any; else those with as many rows; else all.
 
     Returns:
-        The middle of the grid where nothing was tuned.
+        The upper middle of the grid where nothing was tuned.
     """
     tuned, grid = methods[name].tuned_as or name, methods[name].grid
     as_many = [run for run in finished if run["settings"]["rows"] == rows]
