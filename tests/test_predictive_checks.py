@@ -57,13 +57,15 @@ def test_the_error_is_of_as_many_bins_as_asked_for():
 
 def test_the_interval_of_an_error_holds_the_true_one():
     """Two classes right less often than they say, by .05: the true error, which resampling alone overstates."""
-    generator, inside = np.random.default_rng(0), []
+    generator, inside, above = np.random.default_rng(0), [], []
     for _ in range(40):
         confidence = generator.uniform(0.6, 1.0, 200)
         labels = (generator.uniform(size=200) > confidence - 0.05).astype(int)
         found = calibration(np.stack([confidence, 1 - confidence], 1), labels, simulations=40).errors.loc["width"]
         inside.append([found["low"] <= 0.05, found["high"] >= 0.05])
+        above.append(found["high"] - found["value"])
     assert (np.mean(inside, 0) > 0.75).all()
+    assert np.mean(above) > 0.01
 
 
 @pytest.mark.parametrize("hits", range(25, 40))
