@@ -48,7 +48,7 @@ def generate(
         posterior: of a causal or sequence-to-sequence language model.
         prompts: texts; or token ids without padding, (B, T) or a list for each; or what a tokenizer made of texts,
             padded on either side.
-        draws: S, at least 1; None is 8, or of an ensemble as in predict.
+        draws: S, at least 1; None is 8, of an ensemble and of points as in predict.
         at: "mean" takes the posterior mean instead.
         max_new_tokens: tokens added at most.
         do_sample: draw each token from the averaged distribution; False takes its most probable one.

@@ -46,8 +46,8 @@ def predict(
     Args:
         posterior: what a fit returned.
         data: a datasets.Dataset, Batches, or a re-iterable of batch dicts; labels are optional.
-        draws: S, at least 1; None is 32, or of an ensemble the least number from there on by which its members count
-            alike, of points once each. Those of a lone point are one forward, repeated.
+        draws: S, at least 1; None is 32, of an ensemble the least number from there on by which its members count
+            alike, and of points one for each. More draws of one point are one forward, repeated.
         at: "mean" predicts once, at the posterior mean.
         method: "monte_carlo" runs the network once per draw; "linearised" once in all and back once per class, and
             draws logits from their normal distribution; "probit" needs no draws beside that (one set of logits). The
@@ -76,8 +76,7 @@ def predict(
         raise ValueError(f"expected at='mean' or at=None, got at={at!r}")
     if not isinstance(posterior, Posterior):
         raise TypeError(f"expected a posterior, what lb.fit returned, got {type(posterior).__name__}")
-    if draws is None:
-        draws = _DRAWS if posterior.is_point else posterior.balanced_draws(_DRAWS)
+    draws = posterior.balanced_draws(_DRAWS) if draws is None else draws
     check_counts(draws=draws, fold=1 if fold is None else fold)
     if method not in _METHODS or (at and method != "monte_carlo"):
         raise ValueError(f"expected method to be one of {_METHODS}, and no at= with the last two, got {method!r}")

@@ -196,7 +196,7 @@ def test_what_a_temperature_gains_counts_a_certain_mistake_in_full():
 
 
 def test_an_ensemble_is_predicted_by_all_its_members(fitted, tmp_path):
-    data, posterior, _ = fitted
+    data, posterior, point = fitted
     points = lb.infer.ensemble(
         posterior.model, data["train"], members=3, guide=lb.guides.Delta(), epochs=1, progress=False
     )
@@ -208,7 +208,7 @@ def test_an_ensemble_is_predicted_by_all_its_members(fitted, tmp_path):
         posterior.model, data["train"], members=3, guide=lb.guides.Diagonal(), epochs=1, progress=False
     )
     assert (points.balanced_draws(10), wide.balanced_draws(10), posterior.balanced_draws(10)) == (3, 12, 10)
-    assert [len(lb.predict(each, data["test"]).logits) for each in (points, wide, posterior)] == [3, 33, 32]
+    assert [len(lb.predict(each, data["test"]).logits) for each in (points, wide, posterior, point)] == [3, 33, 32, 1]
 
 
 def test_a_name_is_no_mathematics(fitted, tmp_path):

@@ -15,7 +15,7 @@ from scipy.stats import binom
 from test_evidence import posterior_at
 
 import pyro_lrblora as lb
-from pyro_lrblora.diagnostics.sbc import SBC, full_rank_fit, sbc
+from pyro_lrblora.diagnostics.sbc import SBC, _note, full_rank_fit, sbc
 from pyro_lrblora.diagnostics.simulated_study import SimulatedStudy
 from pyro_lrblora.diagnostics.tiny_problem import tiny_problem
 from pyro_lrblora.diagnostics.uniformity import EcdfTest, bias_and_width, bin_edges, chi_squared, holm
@@ -238,8 +238,6 @@ def test_fits_that_fail_are_counted_and_named():
 
 
 def test_chains_with_fewer_effective_draws_than_ranks_are_counted():
-    from pyro_lrblora.diagnostics.sbc import _note
-
     records = [{"ess": ess} for ess in (50.0, 99.0, 99.5, 98.9)]
     assert _note(records, 99).startswith("2 of 4 chains had fewer than 99 effective draws")
     assert "chains" not in _note(records, 50)

@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--draws", type=int, default=16)
     parser.add_argument("--seed", type=int, default=0)
-    parser.set_defaults(judged_rows=0)
+    parser.set_defaults(judged_rows=0)  # nothing is judged
     args = parser.parse_args(argv)
     table = []
     for task in args.tasks:
